@@ -1,0 +1,314 @@
+"""The contract between the engine and whatever runs a model. Mechanism here, policy in the engine.
+
+A `Backend` says whether it can run on this machine and loads a model into a `Runtime`. A `Runtime`
+holds weights and a KV cache, runs ragged batches, and moves cached positions about on request. It
+never decides: what to evict, when to snapshot or how much to draft is the engine's business.
+
+Words used throughout: a *sequence* is one stream of positions 0, 1, 2, … in the KV cache; a *cell*
+stores one position's keys and values and may belong to several sequences (a fork shares cells); a
+*step* is one forward pass over several sequences; a *row* is one position of a step whose logits
+were asked for. Runtimes are used from one thread at a time, except `abort` and the tokenizer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from edgeinfer.sampling import SamplingParams
+from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgeinfer_models.tokenizer import Tokenizer
+
+    Logits = npt.NDArray[np.float32]
+
+BLOCK_TOKENS = 256  # positions in one snapshot block
+
+KvLayout = Literal["shared", "private"]
+LogitRows = Literal["none", "last", "all"]
+Progress = Callable[[float], bool]  # called with 0..1; returning False cancels the load
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor a backend can place work on. Memory in bytes; 0 where it cannot be asked."""
+
+    name: str
+    kind: Literal["cpu", "gpu", "npu"]
+    total_bytes: int = 0
+    free_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a backend can be used here; if not, `reason` says why and what would change it."""
+
+    usable: bool
+    reason: str = ""
+    version: str = ""
+    build: str = ""  # everything about the build that can change results
+    devices: tuple[Device, ...] = ()
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """How to load. Every number is a request; `RuntimeFacts` has what came of it."""
+
+    context: int = 4096  # cells of context per sequence
+    sequences: int = 1  # sequences that run at once with a full context each
+    step_tokens: int = 512  # most tokens of one forward step
+    logit_rows: int = 128  # most rows of logits of one step
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    flash_attention: bool = True
+    threads: int = 0  # while decoding; 0: the backend's choice
+    threads_batch: int = 0  # while prefilling
+    gpu_layers: int = -1  # -1: all that fit; 0: none
+    mmap: bool = True
+    adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a runtime can do beyond `forward`. The engine does without the rest, and says so."""
+
+    rewind: bool = True  # drop positions from the end of a sequence
+    evict: bool = False  # drop from the middle and re-assign the positions after it
+    fork: bool = True
+    snapshot: bool = False
+    token_masks: bool = True
+    embeddings: bool = False
+    abort: bool = False  # a running step can be interrupted
+    draft: bool = False  # early-exit or other drafting inside the runtime
+    layers: bool = False  # run, capture, replace, differentiate one layer
+    quantize_rows: bool = False
+
+
+@dataclass(frozen=True)
+class RuntimeFacts:
+    backend: str
+    device: str
+    vocab_size: int
+    embedding_size: int
+    context: int  # cells per sequence
+    context_trained: int  # 0: unknown
+    cells: int  # cells in all
+    max_sequences: int  # sequence handles that may exist at once
+    max_step_tokens: int
+    max_logit_rows: int
+    # Prefill chunks of at least this many tokens give the same bits however a prompt is cut; smaller
+    # ones may take another kernel.
+    stable_chunk_tokens: int
+    kv_type_k: str
+    kv_type_v: str
+    kv_bytes_per_token: int
+    kv_layout: KvLayout
+    threads: int
+    threads_batch: int
+    can: Capabilities = field(default_factory=Capabilities)
+    warnings: tuple[str, ...] = ()  # what was asked for and not had, one line each
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    name: str  # "weights", "kv cache", "compute", …
+    num_bytes: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """`tokens` are appended to `sequence` at its next positions."""
+
+    sequence: int
+    tokens: Sequence[int]
+    logits: LogitRows = "last"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: several sequences, each with one or more tokens, in this order.
+
+    `padding` dummy rows of a scratch sequence ride along (a batch that fills its kernel's tile can be
+    cheaper than a smaller one); they change the cost of a step, never its results.
+    """
+
+    parts: Sequence[SequenceStep]
+    padding: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(part.tokens) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Where each part's logits are: part i has rows `[starts[i], starts[i] + counts[i])`.
+
+    Rows stay readable until the next `forward`, `embed` or KV operation of the runtime.
+    """
+
+    starts: Sequence[int]
+    counts: Sequence[int]
+
+
+class Sampler(Protocol):
+    """One sequence's sampler state: penalties' history, DRY, and the random stream."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def accept(self, token: int) -> None:
+        """Count a token that was not drawn by this sampler (a prompt's) into its history."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Runtime(ABC):
+    """A loaded model with its KV cache.
+
+    Errors: StepFailed, StepAborted, OutOfCells, SharedCells, SnapshotRejected (edgeinfer.errors).
+    Wrong arguments (an unknown sequence, a token outside the vocabulary, a length past the end) are
+    ValueError: native code is never called with them.
+    """
+
+    @property
+    @abstractmethod
+    def facts(self) -> RuntimeFacts: ...
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, str]:
+        """All that decides whether a KV snapshot may be used: weights, KV types, RoPE, adapters,
+        backend and its build, and switches in the environment that change the cache's contents."""
+
+    @abstractmethod
+    def memory(self) -> list[MemoryItem]: ...
+
+    # -- running ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, step: Step) -> StepResult:
+        """Append each part's tokens and compute the logits asked for.
+
+        On any error every sequence is as it was before the call.
+        Raises OutOfCells (make room, call again), StepAborted (after `abort`), StepFailed.
+        """
+
+    def abort(self) -> None:
+        """Interrupt the running step; safe from another thread. Needs `can.abort`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def logits(self, row: int) -> Logits:
+        """One row's logits: shape (vocab_size,), float32, not normalized. Valid as StepResult says."""
+
+    @abstractmethod
+    def create_sampler(self, params: SamplingParams, seed: int) -> Sampler: ...
+
+    @abstractmethod
+    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+        """Draw the next token from a row and count it into the sampler's history.
+
+        mask: one bit per token id, least significant bit first, ceil(vocab_size / 8) bytes or more;
+        tokens whose bit is 0 cannot be drawn. A mask that allows nothing is a ValueError.
+        """
+
+    @abstractmethod
+    def set_threads(self, threads: int, threads_batch: int) -> None: ...
+
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        """The text's embedding: shape (embedding_size,), mean-pooled unless the model says otherwise,
+        L2-normalized. Leaves the KV cache's sequences as they were."""
+        raise NotImplementedError
+
+    # -- sequences -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open(self) -> int:
+        """A new, empty sequence. Raises OutOfCells when `max_sequences` exist."""
+
+    @abstractmethod
+    def free(self, sequence: int) -> None:
+        """End a sequence; cells nobody else owns become free."""
+
+    @abstractmethod
+    def length(self, sequence: int) -> int:
+        """Positions in a sequence."""
+
+    @abstractmethod
+    def free_cells(self) -> int:
+        """Cells that `forward` can still fill (after compaction, if the backend compacts)."""
+
+    @abstractmethod
+    def fork(self, sequence: int, length: int) -> int:
+        """A new sequence that starts with the first `length` positions of another; with the `shared`
+        layout no cell is copied."""
+
+    @abstractmethod
+    def rewind(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions."""
+
+    def evict(self, sequence: int, start: int, stop: int) -> None:
+        """Drop positions [start, stop) and move those after them down by stop - start, re-rotating
+        their keys. The move is computed when this returns: a snapshot taken next is right.
+        Raises SharedCells if a position at or after `start` is shared: `privatise` first."""
+        raise NotImplementedError
+
+    def privatise(self, sequence: int) -> None:
+        """Give a sequence cells of its own, bit for bit equal. Raises OutOfCells."""
+        raise NotImplementedError
+
+    def snapshot(self, sequence: int, start: int, stop: int) -> bytes:
+        """Positions [start, stop) as bytes for `restore`; at most BLOCK_TOKENS of them."""
+        raise NotImplementedError
+
+    def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
+        """Append a snapshot whose positions begin at the sequence's length.
+        The bytes must be those `snapshot` gave under an equal `identity()`: check that first.
+        Raises SnapshotRejected (the sequence is as before), OutOfCells."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def is_in_order(self, sequence: int) -> bool:
+        """Whether the cells lie in position order: then results are those of a run alone."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the bookkeeping and the cache disagree. For tests; may be slow."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens (lookup, exit, or another model). Optional capability `draft`."""
+
+    def propose(self, sequence: int, hidden: Any | None) -> Sequence[int]: ...
+
+
+class Backend(ABC):
+    """Found by name through the entry points `edgeinfer.backends`."""
+
+    name: str
+    formats: tuple[str, ...]  # of ModelFiles it opens
+
+    @abstractmethod
+    def probe(self) -> Probe:
+        """Cheap; never raises; does not load a framework that is not there."""
+
+    @abstractmethod
+    def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
+        """Raises BackendUnavailable, LoadFailed, UnsupportedModel, ModelTooLarge; KeyboardInterrupt
+        never: a cancelled load raises LoadFailed saying so."""

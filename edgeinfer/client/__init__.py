@@ -1,0 +1,14 @@
+"""What every surface talks to: a model in a worker process, or (later) an endpoint elsewhere.
+
+    with LocalClient(OpenOptions(model="smollm2")) as client:
+        client.load(print)
+        generation = client.start(Request(messages=(Message("user", "Hello"),)))
+        for event in generation.events():
+            ...
+"""
+
+from __future__ import annotations
+
+from edgeinfer.client.client import Client, Generation, ModelInfo
+
+__all__ = ["Client", "Generation", "ModelInfo"]

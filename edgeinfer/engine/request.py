@@ -1,0 +1,169 @@
+"""What is asked of the engine, and what it tells back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from edgeinfer.errors import UsageError
+from edgeinfer.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+Outcome = Literal["finished", "failed", "cancelled"]
+Overflow = Literal["stream", "stop", "error"]
+CacheTier = Literal["none", "live", "memory", "disk"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation, in the Hugging Face template convention."""
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)  # tool_calls, tool_call_id, name …
+
+    def as_template_value(self) -> dict[str, Any]:
+        return {**self.extra, "role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to make. Exactly one of `messages`, `prompt` and `tokens` is given.
+
+    messages: rendered by the model's chat template. prompt: taken as text, no template.
+    """
+
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None  # None: to the end of the context
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; n: the chosen token's and the n likeliest others'
+    overflow: Overflow = "error"
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [x is not None for x in (self.messages, self.prompt, self.tokens)]
+        if sum(given) != 1:
+            raise UsageError("a request needs exactly one of messages, prompt and tokens")
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= 2**31 - 1:
+            raise UsageError(f"--max-tokens {self.max_tokens} must be at least 1")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise UsageError(f"{len(self.stop)} stop strings; at most {MAX_STOP_STRINGS} are taken")
+        if any(not s or len(s) > MAX_STOP_CHARACTERS for s in self.stop):
+            raise UsageError(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise UsageError(f"logprobs {self.logprobs} is outside [0, 20]")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Timings:
+    load_s: float = 0.0
+    ttft_s: float = 0.0  # from submission to the first token; loading excluded
+    prefill_tok_s: float = 0.0
+    decode_tok_s: float = 0.0  # tokens after the first
+
+
+@dataclass
+class SpeculationStats:
+    mode: str = "none"
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    reason: str = "none"
+
+
+@dataclass
+class KvStats:
+    type_k: str = "none"
+    type_v: str = "none"
+    bytes: int = 0
+    evicted_tokens: int = 0
+
+
+@dataclass
+class CacheStats:
+    hit: bool = False
+    tier: CacheTier = "none"
+    tokens: int = 0
+
+
+@dataclass
+class RunStats:
+    """The `edgeinfer` object of DESIGN: what `run --json` prints and the finish chunk carries."""
+
+    text: str = ""
+    finish_reason: FinishReason = "stop"
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    kv: KvStats = field(default_factory=KvStats)
+    cache: CacheStats = field(default_factory=CacheStats)
+    backend: str = "none"
+    model: str = "none"
+    seed: int = 0
+    context: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt was accepted: its tokens, and how many of them need no prefill."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Progress through the prompt: `done` of `total` tokens are in the KV cache."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """More of the answer. `num_tokens` decoded so far, whether or not their text is out yet."""
+
+    text: str
+    num_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of every request, exactly once."""
+
+    outcome: Outcome
+    stats: RunStats
+    error_type: str = ""  # class name of the error when outcome is "failed"
+    error: str = ""
+
+
+Event = Started | Prefilled | Text | Ended

@@ -1,0 +1,156 @@
+"""Everything a user can be told went wrong.
+
+    EdgeInferError
+    ├── UsageError                an option or argument that cannot be right (exit code 2)
+    ├── ModelError
+    │   ├── ModelNotFound         no such name, file or folder
+    │   ├── ModelFileInvalid      truncated, wrong magic, lying header, not a model at all
+    │   ├── UnsupportedModel      an architecture, tensor type or feature this build cannot run
+    │   ├── ModelTooLarge         does not fit into memory; carries the arithmetic
+    │   ├── DownloadFailed        network, registry or disk refused
+    │   └── ChecksumMismatch      the bytes are not the published ones
+    ├── TemplateError             a chat template raised, looped or broke its sandbox
+    ├── PromptTooLong             carries both numbers
+    ├── BackendError
+    │   ├── BackendUnavailable    not installed or not usable here, with the reason
+    │   ├── LoadFailed            the framework refused the model
+    │   ├── StepFailed            a forward pass failed
+    │   │   └── StepAborted       a forward pass was interrupted on request; nothing was kept
+    │   ├── OutOfCells            the KV cache has no room for the step
+    │   ├── SharedCells           the operation would change another sequence's cells
+    │   └── SnapshotRejected      a KV snapshot is not for this runtime, or is damaged
+    ├── WorkerDied                the process that held the model ended; carries how
+    └── RequestFailed             a request ended `failed`; carries the reason
+
+Every message is one line that says what happened, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class EdgeInferError(Exception):
+    """Base of all errors meant for a user's eyes. `str(error)` is one line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        # One line by construction: a path or a foreign message may carry newlines or control codes.
+        super().__init__(one_line(message))
+
+    @property
+    def type(self) -> str:
+        """The class name in snake_case, as it appears in `{"error": {"type": …}}`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.__class__.__name__).lower()
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """Foreign text made safe for one terminal line: control characters gone, length bounded."""
+    flat = "".join(c if c.isprintable() else " " for c in text)
+    flat = " ".join(flat.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+class UsageError(EdgeInferError):
+    exit_code = 2
+
+
+class ModelError(EdgeInferError):
+    pass
+
+
+class ModelNotFound(ModelError):
+    pass
+
+
+class ModelFileInvalid(ModelError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class ModelTooLarge(ModelError):
+    pass
+
+
+class DownloadFailed(ModelError):
+    pass
+
+
+class ChecksumMismatch(ModelError):
+    pass
+
+
+class TemplateError(EdgeInferError):
+    pass
+
+
+class PromptTooLong(EdgeInferError):
+    """The prompt does not fit. Nothing was cut."""
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens and the context holds {context}, of which one is"
+            " kept for the answer; shorten the prompt or raise --ctx"
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
+class BackendError(EdgeInferError):
+    pass
+
+
+class BackendUnavailable(BackendError):
+    pass
+
+
+class LoadFailed(BackendError):
+    pass
+
+
+class StepFailed(BackendError):
+    pass
+
+
+class StepAborted(StepFailed):
+    pass
+
+
+class OutOfCells(BackendError):
+    pass
+
+
+class SharedCells(BackendError):
+    pass
+
+
+class SnapshotRejected(BackendError):
+    pass
+
+
+class WorkerDied(EdgeInferError):
+    pass
+
+
+class RequestFailed(EdgeInferError):
+    pass
+
+
+def error_from_wire(kind: str, message: str) -> EdgeInferError:
+    """The error a worker reported, as its own class here (unknown kinds become EdgeInferError).
+
+    PromptTooLong and others with structured constructors keep their message; `type` stays right.
+    """
+    pending: list[type[EdgeInferError]] = [EdgeInferError]
+    while pending:
+        cls = pending.pop()
+        if cls.__name__ == kind:
+            error = cls.__new__(cls)
+            EdgeInferError.__init__(error, message)
+            return error
+        pending.extend(cls.__subclasses__())
+    return EdgeInferError(message)

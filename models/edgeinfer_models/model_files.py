@@ -1,0 +1,17 @@
+"""A model on disk, checked and ready for a backend to open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ModelFormat = Literal["gguf", "safetensors", "scripted"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    name: str  # as the user knows it
+    paths: tuple[Path, ...]  # the weights, shards in order
+    format: ModelFormat
+    digest: str = ""  # of the weights; "" until somebody needed it
