@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from edgeinfer.errors import UsageError
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 2  # the value above means "random" to llama.cpp
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,31 @@
 
 from __future__ import annotations
 
-from edgeinfer.client.client import Client, Generation, ModelInfo
+from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
+from edgeinfer.engine.request import (
+    Ended,
+    Event,
+    Message,
+    Prefilled,
+    Request,
+    RunStats,
+    Started,
+    Text,
+    TokenLogprob,
+)
 
-__all__ = ["Client", "Generation", "ModelInfo"]
+__all__ = [
+    "Client",
+    "Ended",
+    "Event",
+    "Generation",
+    "LoadProgress",
+    "Message",
+    "ModelInfo",
+    "Prefilled",
+    "Request",
+    "RunStats",
+    "Started",
+    "Text",
+    "TokenLogprob",
+]

@@ -40,7 +40,7 @@ class Request:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     tokens: tuple[int, ...] | None = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None  # None: to the end of the context
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

@@ -1,0 +1,437 @@
+"""The engine: requests in, events out, one forward step at a time.
+
+    engine.submit(1, request, prompt_tokens)
+    while engine.has_work:
+        for key, event in engine.step():
+            ...
+
+Single-threaded but for `request_abort`. It owns the runtime: no one else touches its sequences.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import Runtime, Sampler, SequenceStep, Step
+from edgeinfer.engine.detokenizer import Detokenizer
+from edgeinfer.engine.prefix_cache import PrefixCache, common_length
+from edgeinfer.engine.request import (
+    CacheStats,
+    Ended,
+    Event,
+    FinishReason,
+    KvStats,
+    Outcome,
+    Prefilled,
+    Request,
+    RunStats,
+    Started,
+    Text,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from edgeinfer.engine.scheduler import Demand, Limits, plan
+from edgeinfer.engine.sequence import LiveSequence, RunningRequest
+from edgeinfer.errors import (
+    EdgeInferError,
+    OutOfCells,
+    PromptTooLong,
+    SnapshotRejected,
+    StepAborted,
+    StepFailed,
+)
+from edgeinfer.sampling import MAX_SEED
+
+if TYPE_CHECKING:
+    from edgeinfer.backend import Logits
+
+Events = list[tuple[int, Event]]
+
+PREFILL_SLICE_S = 0.2  # a prompt beside running streams gets chunks of about this long
+MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
+MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
+
+
+class Engine:
+    def __init__(
+        self, runtime: Runtime, *, model: str, max_running: int = 1, cache_bytes: int = 0
+    ) -> None:
+        """max_running: requests that run at once. cache_bytes: host memory for idle conversations."""
+        self.runtime = runtime
+        self.model = model
+        self.max_running = max_running
+        self.prefixes = PrefixCache(cache_bytes if runtime.facts.can.snapshot else 0)
+        self._waiting: list[RunningRequest] = []
+        self._running: list[RunningRequest] = []
+        self._idle: list[LiveSequence] = []  # least recently used first
+        self._events: Events = []
+        self._prefill_s_per_token = 0.0
+
+    # -- requests --------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def submit(
+        self, key: int, request: Request, tokens: Sequence[int], submitted: float | None = None
+    ) -> Events:
+        """Take a request whose prompt is `tokens`. Returns its refusal, or nothing yet.
+
+        submitted: perf_counter() of when the user asked, for TTFT.
+        """
+        facts = self.runtime.facts
+        seed = request.sampling.seed
+        running = RunningRequest(
+            key,
+            request,
+            tuple(tokens),
+            secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
+            Detokenizer(request.stop),
+        )
+        if submitted is not None:
+            running.submitted = submitted
+        if not tokens:
+            return [(key, self._failure(running, EdgeInferError("the prompt is empty; say something")))]
+        if len(tokens) >= facts.context:
+            return [(key, self._failure(running, PromptTooLong(len(tokens), facts.context)))]
+        bad = next((t for t in tokens if not 0 <= t < facts.vocab_size), None)
+        if bad is not None:
+            error = EdgeInferError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
+            return [(key, self._failure(running, error))]
+        self._waiting.append(running)
+        return []
+
+    def cancel(self, key: int) -> Events:
+        """End a request. Unknown or finished keys are ignored: the end and the wish may cross."""
+        for running in self._waiting + self._running:
+            if running.key == key:
+                return [(key, self._end(running, "cancelled", "cancelled"))]
+        return []
+
+    def is_alone(self, key: int) -> bool:
+        """Whether a step now under way serves this request only, so that it may be aborted."""
+        return [running.key for running in self._running] == [key]
+
+    def fail_all(self, error: EdgeInferError) -> Events:
+        return [
+            (running.key, self._end(running, "failed", "stop", error))
+            for running in self._waiting + self._running
+        ]
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def step(self) -> Events:
+        """Admit, run one forward step, tell what came of it."""
+        self._events = []
+        self._admit()
+        chosen = self._plan()
+        if chosen:
+            self._forward(chosen)
+        events, self._events = self._events, []
+        return events
+
+    def _plan(self) -> list[tuple[RunningRequest, int]]:
+        facts = self.runtime.facts
+        beside = facts.max_step_tokens
+        if self._prefill_s_per_token > 0.0:
+            beside = int(PREFILL_SLICE_S / self._prefill_s_per_token)
+        limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, beside)
+        demands = [
+            Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running
+        ]
+        by_key = {r.key: r for r in self._running}
+        return [(by_key[key], tokens) for key, tokens in plan(demands, limits)]
+
+    def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
+        parts = []
+        for running, count in chosen:
+            assert running.handle is not None
+            last = running.num_computed + count == len(running.tokens)
+            parts.append(
+                SequenceStep(running.handle, running.next_tokens(count), "last" if last else "none")
+            )
+        begin = time.perf_counter()
+        try:
+            result = self.runtime.forward(Step(parts))
+        except StepAborted:
+            return  # somebody cancelled: nothing was kept, the next plan is without them
+        except OutOfCells:
+            if self._idle:
+                self._release(self._idle[0])
+                return
+            victim = max(chosen, key=lambda item: item[0].admitted)[0]
+            error = OutOfCells("the KV cache is full; raise --ctx or run fewer requests at once")
+            self._events.append((victim.key, self._end(victim, "failed", "stop", error)))
+            return
+        except StepFailed as error:
+            for running, _ in chosen:
+                self._events.append((running.key, self._end(running, "failed", "stop", error)))
+            return
+        spent = time.perf_counter() - begin
+        num_tokens = sum(count for _, count in chosen)
+        if num_tokens >= self.runtime.facts.stable_chunk_tokens:
+            rate = spent / num_tokens
+            known = self._prefill_s_per_token
+            self._prefill_s_per_token = rate if known == 0.0 else 0.7 * known + 0.3 * rate
+        for index, (running, count) in enumerate(chosen):
+            prefilling = running.prompt_left > 0
+            running.num_computed += count
+            if result.counts[index]:
+                self._sample(running, result.starts[index])
+            elif prefilling:
+                done = running.num_computed
+                self._events.append((running.key, Prefilled(done, len(running.prompt))))
+
+    # -- answering -------------------------------------------------------------------------------
+
+    def _sample(self, running: RunningRequest, row: int) -> None:
+        """Draw one token and tell its text; ends the request where it ends."""
+        runtime = self.runtime
+        assert running.sampler is not None
+        try:
+            token = runtime.sample(row, running.sampler)
+        except (StepFailed, ValueError) as error:
+            failure = error if isinstance(error, EdgeInferError) else StepFailed(str(error))
+            self._events.append((running.key, self._end(running, "failed", "stop", failure)))
+            return
+        now = time.perf_counter()
+        if not running.is_decoding:
+            running.first_token = now
+        running.last_token = now
+        wanted = running.request.logprobs
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if wanted is not None:
+            logprobs = (self._logprob(runtime.logits(row), token, wanted),)
+        running.tokens.append(token)
+        tokenizer = runtime.tokenizer
+        reason: FinishReason | None = None
+        text = ""
+        if tokenizer.is_end(token) and not running.request.ignore_eos:
+            reason = "stop"
+        else:
+            text = running.detokenizer.feed(tokenizer.piece(token))
+            if running.detokenizer.stopped_by is not None:
+                reason = "stop"
+            else:
+                reason = running.length_reason(runtime.facts.context)
+        if reason is not None:
+            text += running.detokenizer.finish()
+        if text or logprobs:
+            running.text.append(text)
+            self._events.append((running.key, Text(text, running.num_answered, logprobs)))
+        if reason is not None:
+            self._events.append((running.key, self._end(running, "finished", reason)))
+
+    def _logprob(self, logits: Logits, token: int, wanted: int) -> TokenLogprob:
+        """Of the model's own distribution, before samplers cut or scale it."""
+        import numpy as np
+
+        shifted = logits.astype(np.float64) - float(logits.max())
+        log_sum = float(np.log(np.exp(shifted).sum()))
+        tokenizer = self.runtime.tokenizer
+        top: list[tuple[str, float]] = []
+        if wanted:
+            likeliest = np.argpartition(-shifted, min(wanted, shifted.size - 1))[:wanted]
+            for index in sorted(likeliest, key=lambda i: -shifted[i]):
+                top.append((tokenizer.text(int(index)), float(shifted[index]) - log_sum))
+        return TokenLogprob(
+            tokenizer.text(token),
+            float(shifted[token]) - log_sum,
+            tuple(tokenizer.piece(token)),
+            tuple(top),
+        )
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _failure(self, running: RunningRequest, error: EdgeInferError) -> Ended:
+        return Ended("failed", self._stats(running, "stop"), type(error).__name__, str(error))
+
+    def _end(
+        self,
+        running: RunningRequest,
+        outcome: Outcome,
+        reason: FinishReason,
+        error: EdgeInferError | None = None,
+    ) -> Ended:
+        """Take a request out, keep its prefix, and make its last event."""
+        if running in self._waiting:
+            self._waiting.remove(running)
+        else:
+            self._running.remove(running)
+        if outcome == "cancelled":
+            running.text.append(running.detokenizer.finish())
+        stats = self._stats(running, reason)
+        if running.sampler is not None:
+            running.sampler.close()
+            running.sampler = None
+        if running.handle is not None:
+            handle, running.handle = running.handle, None
+            if running.num_computed and outcome != "failed":
+                self._idle.append(LiveSequence(handle, running.tokens[: running.num_computed]))
+            else:
+                self.runtime.free(handle)
+        if error is not None:
+            return Ended(outcome, stats, type(error).__name__, str(error))
+        return Ended(outcome, stats)
+
+    def _stats(self, running: RunningRequest, reason: FinishReason) -> RunStats:
+        facts = self.runtime.facts
+        answered = running.num_answered
+        timings = Timings()
+        if running.first_token:
+            timings.ttft_s = running.first_token - running.submitted
+            prefilled = len(running.prompt) - running.num_cached
+            prefill_s = running.first_token - running.admitted
+            timings.prefill_tok_s = prefilled / prefill_s if prefill_s > 0 else 0.0
+            decode_s = running.last_token - running.first_token
+            timings.decode_tok_s = (answered - 1) / decode_s if decode_s > 0 else 0.0
+        return RunStats(
+            text="".join(running.text),
+            finish_reason=reason,
+            usage=Usage(len(running.prompt), answered, running.num_cached),
+            timings=timings,
+            kv=KvStats(
+                facts.kv_type_k,
+                facts.kv_type_v,
+                running.num_computed * facts.kv_bytes_per_token,
+                running.evicted,
+            ),
+            cache=CacheStats(running.num_cached > 0, running.cache_tier, running.num_cached),
+            backend=facts.backend,
+            model=self.model,
+            seed=running.seed,
+            context=facts.context,
+            warnings=[*facts.warnings, *running.warnings],
+        )
+
+    # -- admission and the prefix cache ----------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_running:
+            running = self._waiting.pop(0)
+            running.admitted = time.perf_counter()
+            try:
+                self._place(running)
+                running.sampler = self._make_sampler(running)
+            except (EdgeInferError, ValueError) as error:
+                failure = error if isinstance(error, EdgeInferError) else EdgeInferError(str(error))
+                self._running.append(running)
+                self._events.append((running.key, self._end(running, "failed", "stop", failure)))
+                continue
+            self._running.append(running)
+            self._events.append((running.key, Started(len(running.prompt), running.num_cached)))
+
+    def _make_sampler(self, running: RunningRequest) -> Sampler:
+        params = running.request.sampling
+        sampler = self.runtime.create_sampler(params, running.seed)
+        if params.has_penalties:
+            window = max(params.penalty_last_n, params.dry_last_n)
+            for token in running.prompt[-window:]:
+                sampler.accept(token)
+        return sampler
+
+    def _place(self, running: RunningRequest) -> None:
+        """Give a request a sequence that holds as much of its prompt as is known anywhere.
+
+        Idle conversations leave the KV cache for host memory: masked cells cost every step.
+        """
+        limit = len(running.prompt) - 1  # the last token is run again for its logits
+        live, live_length = self._best_idle(running.prompt, limit)
+        twin, twin_length = self._best_running(running.prompt, limit)
+        if live is not None:
+            self._idle.remove(live)
+        for idle in list(self._idle):
+            self._release(idle)
+        stored = self.prefixes.match(running.prompt[:limit]) if limit else None
+        stored_length = stored.num_tokens if stored else 0
+        if live is not None and live_length >= max(stored_length, twin_length):
+            if len(live.tokens) - live_length >= MIN_SAVED_TAIL:
+                self._save(live)
+            self.runtime.rewind(live.handle, live_length)
+            running.handle, running.num_computed = live.handle, live_length
+            running.cache_tier = "live"
+        else:
+            if live is not None:
+                self._release(live)
+            if twin is not None and twin_length >= max(stored_length, MIN_FORK_TOKENS):
+                assert twin.handle is not None
+                running.handle = self.runtime.fork(twin.handle, twin_length)
+                running.num_computed, running.cache_tier = twin_length, "live"
+            else:
+                running.handle = self.runtime.open()
+                if stored is not None and stored_length:
+                    self._restore(running, stored_length)
+        running.num_cached = running.num_computed
+        if not running.num_cached:
+            running.cache_tier = "none"
+
+    def _best_idle(self, prompt: Sequence[int], limit: int) -> tuple[LiveSequence | None, int]:
+        best, length = None, 0
+        for idle in self._idle:
+            shared = min(common_length(idle.tokens, list(prompt)), limit)
+            if shared > length:
+                best, length = idle, shared
+        return best, length
+
+    def _best_running(self, prompt: Sequence[int], limit: int) -> tuple[RunningRequest | None, int]:
+        best, length = None, 0
+        if not self.runtime.facts.can.fork or self.runtime.facts.kv_layout != "shared":
+            return best, length
+        for running in self._running:
+            computed = running.tokens[: running.num_computed]
+            shared = min(common_length(computed, list(prompt)), limit)
+            if shared > length:
+                best, length = running, shared
+        return best, length
+
+    def _restore(self, running: RunningRequest, limit: int) -> None:
+        """Blocks from host memory into the request's new sequence; a refused block ends it there."""
+        runtime, handle = self.runtime, running.handle
+        assert handle is not None
+        for block in self.prefixes.match(running.prompt[:limit]).blocks:
+            try:
+                runtime.restore(handle, block.payload, len(block.tokens))
+            except (SnapshotRejected, OutOfCells) as error:
+                running.warnings.append(f"a cached part of the conversation was not used: {error}")
+                break
+        have = min(runtime.length(handle), limit)
+        runtime.rewind(handle, have)
+        running.num_computed = have
+        running.cache_tier = "memory"
+
+    def _release(self, idle: LiveSequence) -> None:
+        """Move an idle conversation out of the KV cache, into host memory if there is room."""
+        self._save(idle)
+        if idle in self._idle:
+            self._idle.remove(idle)
+        self.runtime.free(idle.handle)
+
+    def _save(self, idle: LiveSequence) -> None:
+        facts = self.runtime.facts
+        self.prefixes.store(
+            idle.tokens,
+            lambda start, stop: self.runtime.snapshot(idle.handle, start, stop),
+            facts.kv_bytes_per_token,
+        )
+
+    # -- invariants ------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """For tests: the engine, the runtime and the prefix cache agree."""
+        handles = [r.handle for r in self._running] + [idle.handle for idle in self._idle]
+        assert len(set(handles)) == len(handles), "two owners of one sequence"
+        for running in self._running:
+            assert running.handle is not None
+            assert self.runtime.length(running.handle) == running.num_computed
+        for idle in self._idle:
+            assert self.runtime.length(idle.handle) == len(idle.tokens)
+        self.prefixes.check_integrity()
+        self.runtime.check_integrity()
+
+    def close(self) -> None:
+        self.runtime.close()

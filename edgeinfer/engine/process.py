@@ -1,0 +1,232 @@
+"""The owner's side of the worker process: start it, talk to it, notice when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.request import Event, Request
+from edgeinfer.engine.wire import event_from_wire, receive, request_to_wire, send
+from edgeinfer.errors import WorkerDied, error_from_wire
+from edgeinfer_models.model_files import ModelFiles
+
+log = logging.getLogger("edgeinfer.worker")
+
+SHUTDOWN_S = 2.0
+
+
+@dataclass(frozen=True)
+class LoadCommand:
+    backend: str
+    files: ModelFiles
+    settings: RuntimeSettings
+    max_running: int = 1
+    cache_bytes: int = 0
+
+
+class EngineProcess:
+    """One worker process. Not reusable once dead: make another.
+
+    on_event(key, event) and on_refused(key, reason) are called from the reader thread, in order.
+    on_death(error) is called once, from the reader thread, when the process ended without `close`.
+    """
+
+    def __init__(
+        self,
+        on_event: Callable[[int, Event], None],
+        on_refused: Callable[[int, str], None],
+        on_death: Callable[[WorkerDied], None],
+    ) -> None:
+        self._on_event = on_event
+        self._on_refused = on_refused
+        self._on_death = on_death
+        self._closing = False
+        self._write_lock = threading.Lock()
+        self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._counts: dict[int, SimpleQueue[int | None]] = {}
+        self._count_keys = count()
+        self._progress: Callable[[float], None] | None = None
+        self._last_words: deque[str] = deque(maxlen=30)
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgeinfer.engine.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl+C in the terminal is for the owner
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._stderr = self._process.stderr
+        self._listener = threading.Thread(target=self._listen, name="worker-stderr", daemon=True)
+        self._listener.start()
+        self._reader = threading.Thread(target=self._read, name="worker-events", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def load(
+        self, command: LoadCommand, progress: Callable[[float], None] | None = None
+    ) -> Mapping[str, Any]:
+        """Load a model in place of any other; the worker's facts about it. Blocks.
+        Raises what the backend raised; WorkerDied if the process did not survive it."""
+        self._progress = progress
+        files = command.files
+        self._send(
+            {
+                "cmd": "load",
+                "backend": command.backend,
+                "files": {
+                    "name": files.name,
+                    "paths": [str(path) for path in files.paths],
+                    "format": files.format,
+                    "digest": files.digest,
+                },
+                "settings": asdict(command.settings),
+                "max_running": command.max_running,
+                "cache_bytes": command.cache_bytes,
+            }
+        )
+        reply = self._replies.get()
+        self._progress = None
+        if reply is None:
+            raise self.epitaph(f"while it loaded {files.name}")
+        if reply["ev"] == "load_failed":
+            raise error_from_wire(reply["type"], reply["error"])
+        return reply
+
+    def cancel_load(self) -> None:
+        self._send({"cmd": "cancel_load"})
+
+    def submit(self, key: int, request: Request, waited_s: float = 0.0) -> None:
+        """`waited_s`: time since the user asked, spent before this call; counts into TTFT."""
+        self._send(
+            {
+                "cmd": "submit",
+                "key": key,
+                "request": request_to_wire(request),
+                "waited_s": waited_s,
+            }
+        )
+
+    def cancel(self, key: int) -> None:
+        self._send({"cmd": "cancel", "key": key})
+
+    def count_tokens(self, prompt: str) -> int:
+        key = next(self._count_keys)
+        reply: SimpleQueue[int | None] = SimpleQueue()
+        self._counts[key] = reply
+        self._send({"cmd": "count", "key": key, "prompt": prompt})
+        counted = reply.get() if self.is_alive else None
+        self._counts.pop(key, None)
+        if counted is None:
+            raise self.epitaph("while it counted tokens")
+        return counted
+
+    def unload(self) -> None:
+        self._send({"cmd": "unload"})
+
+    def close(self) -> None:
+        """End the process: politely, then not."""
+        self._closing = True
+        self._send({"cmd": "shutdown"})
+        with contextlib.suppress(OSError):
+            self._stdin.close()  # ends it even in the middle of a step
+        try:
+            self._process.wait(SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(SHUTDOWN_S)
+        self._listener.join(SHUTDOWN_S)
+        for stream in (self._stdout, self._stderr):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def epitaph(self, when: str = "") -> WorkerDied:
+        """How the process ended, in one line."""
+        try:
+            code = self._process.wait(SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            return WorkerDied(f"the model's process stopped answering {when}")
+        self._listener.join(0.5)
+        if code < 0:
+            try:
+                how = f"was killed by {signal.Signals(-code).name}"
+            except ValueError:
+                how = f"was killed by signal {-code}"
+        else:
+            how = f"ended with exit code {code}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory, or somebody's kill -9)"
+        reason = next((w for w in self._last_words if "ASSERT" in w or "error" in w.lower()), "")
+        message = f"the model's process {how} {when}".rstrip()
+        return WorkerDied(message + (f": {reason}" if reason else ""))
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        # A dead process is reported by the reader thread, to everyone who waits.
+        with self._write_lock, contextlib.suppress(OSError, ValueError):
+            send(self._stdin, message)
+
+    # -- the reader threads ----------------------------------------------------------------------
+
+    def _read(self) -> None:
+        while True:
+            message = None
+            with contextlib.suppress(WorkerDied, OSError, ValueError):
+                message = receive(self._stdout)
+            if message is None:
+                break
+            kind = message["ev"]
+            if kind == "event":
+                self._on_event(message["key"], event_from_wire(message))
+            elif kind == "refused":
+                self._on_refused(message["key"], message["error"])
+            elif kind == "progress":
+                if self._progress is not None:
+                    self._progress(message["fraction"])
+            elif kind == "counted":
+                waiting = self._counts.get(message["key"])
+                if waiting is not None:
+                    waiting.put(message["tokens"])
+            else:
+                self._replies.put(message)
+        if not self._closing and self.is_alive:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
+            if self.is_alive:  # it sent garbage: not to be trusted any more
+                self._process.kill()
+        self._replies.put(None)
+        for waiting in list(self._counts.values()):
+            waiting.put(None)
+        if not self._closing:
+            self._on_death(self.epitaph())
+
+    def _listen(self) -> None:
+        for line in iter(self._stderr.readline, b""):
+            text = line.decode("utf-8", "replace").rstrip()
+            if text:
+                self._last_words.append(text)
+                log.debug("%s", text)
+

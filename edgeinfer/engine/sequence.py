@@ -1,0 +1,71 @@
+"""One running request: what was asked, what is in the KV cache, what was answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from edgeinfer.backend import Sampler
+from edgeinfer.engine.detokenizer import Detokenizer
+from edgeinfer.engine.request import CacheTier, FinishReason, Request
+
+
+@dataclass
+class RunningRequest:
+    """`tokens` is the whole history, prompt and answer; the first `num_computed` are in the cache."""
+
+    key: int
+    request: Request
+    prompt: Tokens[int]
+    seed: int
+    detokenizer: Detokenizer
+    submitted: float = field(default_factory=time.perf_counter)
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    cache_tier: CacheTier = "none"
+    handle: int | None = None  # the runtime's sequence
+    sampler: Sampler | None = None
+    text: list[str] = field(default_factory=list)
+    cancelled: bool = False
+    admitted: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    evicted: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_answered(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def prompt_left(self) -> int:
+        """Prompt tokens not yet in the cache."""
+        return max(0, len(self.prompt) - self.num_computed)
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_answered > 0
+
+    def next_tokens(self, count: int) -> list[int]:
+        return self.tokens[self.num_computed : self.num_computed + count]
+
+    def length_reason(self, context: int) -> FinishReason | None:
+        """"length" once the answer may not grow: asked-for size reached, or the context is full (the
+        newest token is not in the cache yet and needs a cell to go on)."""
+        limit = self.request.max_tokens
+        if limit is not None and self.num_answered >= limit:
+            return "length"
+        return "length" if len(self.tokens) > context else None
+
+
+@dataclass
+class LiveSequence:
+    """A finished request's cells, kept for its next turn. `tokens` are exactly those in the cache."""
+
+    handle: int
+    tokens: list[int]

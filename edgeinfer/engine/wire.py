@@ -1,0 +1,155 @@
+"""How the engine's process and its owner talk: length-prefixed JSON over two pipes.
+
+JSON and not pickle: the worker runs native code on untrusted files, and what it sends must not be able
+to execute here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, BinaryIO
+
+from edgeinfer.engine.request import (
+    CacheStats,
+    Ended,
+    Event,
+    KvStats,
+    Prefilled,
+    Request,
+    RunStats,
+    SpeculationStats,
+    Started,
+    Text,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from edgeinfer.errors import WorkerDied
+from edgeinfer.sampling import SamplingParams
+
+_LENGTH = struct.Struct("<I")
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+def send(stream: BinaryIO, *messages: Mapping[str, Any]) -> None:
+    """All messages in one write. OSError if the other side is gone."""
+    parts = []
+    for message in messages:
+        data = json.dumps(message, separators=(",", ":")).encode()
+        parts.append(_LENGTH.pack(len(data)) + data)
+    stream.write(b"".join(parts))
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message; None when the other side closed or died, between messages or inside one.
+    Raises WorkerDied if what came is not a message."""
+    head = _read(stream, _LENGTH.size)
+    if head is None:
+        return None
+    (size,) = _LENGTH.unpack(head)
+    if size > MAX_MESSAGE_BYTES:
+        raise WorkerDied(f"the model's process sent a message of {size} bytes; it is out of step")
+    data = _read(stream, size)
+    if data is None:
+        return None
+    try:
+        message = json.loads(data)
+    except ValueError as error:
+        raise WorkerDied("the model's process sent something that is not a message") from error
+    if not isinstance(message, dict):
+        raise WorkerDied("the model's process sent something that is not a message")
+    return message
+
+
+def _read(stream: BinaryIO, size: int) -> bytes | None:
+    data = b""
+    while len(data) < size:
+        part = stream.read(size - len(data))
+        if not part:
+            return None
+        data += part
+    return data
+
+
+def request_to_wire(request: Request) -> dict[str, Any]:
+    """A rendered request: `prompt` or `tokens`; messages and tools stay with the client."""
+    return {
+        "prompt": request.prompt,
+        "tokens": request.tokens,
+        "sampling": asdict(request.sampling),
+        "max_tokens": request.max_tokens,
+        "stop": request.stop,
+        "ignore_eos": request.ignore_eos,
+        "logprobs": request.logprobs,
+        "overflow": request.overflow,
+    }
+
+
+def request_from_wire(data: Mapping[str, Any]) -> Request:
+    sampling = dict(data["sampling"])
+    sampling["logit_bias"] = tuple((int(t), float(b)) for t, b in sampling["logit_bias"])
+    tokens = data["tokens"]
+    return Request(
+        prompt=data["prompt"],
+        tokens=None if tokens is None else tuple(tokens),
+        sampling=SamplingParams(**sampling),
+        max_tokens=data["max_tokens"],
+        stop=tuple(data["stop"]),
+        ignore_eos=data["ignore_eos"],
+        logprobs=data["logprobs"],
+        overflow=data["overflow"],
+    )
+
+
+def event_to_wire(event: Event) -> dict[str, Any]:
+    if isinstance(event, Text):  # the hot one
+        wire: dict[str, Any] = {"kind": "text", "text": event.text, "n": event.num_tokens}
+        if event.logprobs:
+            wire["logprobs"] = [asdict(logprob) for logprob in event.logprobs]
+        return wire
+    if isinstance(event, Started):
+        return {"kind": "started", **asdict(event)}
+    if isinstance(event, Prefilled):
+        return {"kind": "prefilled", **asdict(event)}
+    return {"kind": "ended", **asdict(event)}
+
+
+def event_from_wire(data: Mapping[str, Any]) -> Event:
+    kind = data["kind"]
+    if kind == "text":
+        logprobs = tuple(
+            TokenLogprob(
+                item["token"],
+                item["logprob"],
+                tuple(item["bytes"]),
+                tuple((text, value) for text, value in item["top"]),
+            )
+            for item in data.get("logprobs", ())
+        )
+        return Text(data["text"], data["n"], logprobs)
+    if kind == "started":
+        return Started(data["prompt_tokens"], data["cached_tokens"])
+    if kind == "prefilled":
+        return Prefilled(data["done"], data["total"])
+    return Ended(data["outcome"], _stats(data["stats"]), data["error_type"], data["error"])
+
+
+_PARTS = {
+    "usage": Usage,
+    "timings": Timings,
+    "speculation": SpeculationStats,
+    "kv": KvStats,
+    "cache": CacheStats,
+}
+
+
+def _stats(data: Mapping[str, Any]) -> RunStats:
+    values = {
+        field.name: _PARTS[field.name](**data[field.name]) if field.name in _PARTS else data[field.name]
+        for field in fields(RunStats)
+    }
+    return RunStats(**values)

@@ -1,0 +1,229 @@
+"""The process that owns a backend: `python -m edgeinfer.engine.worker`, commands on stdin, events on
+stdout.
+
+It exists because native code can abort on a hostile model, and because a busy user interface must not
+hold the interpreter lock of the thread that runs the model. It ends when stdin closes, so it never
+outlives its owner.
+
+Threads: the main one loads models and runs steps; the intake one reads commands, tokenizes (native,
+without the lock) and, for a cancel, interrupts the running step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, BinaryIO
+
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.engine import Engine, Events
+from edgeinfer.engine.wire import event_to_wire, receive, request_from_wire, send
+from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
+from edgeinfer.registry import get_backend
+from edgeinfer_models.model_files import ModelFiles
+
+PROGRESS_INTERVAL_S = 0.03
+
+
+class Worker:
+    def __init__(self, commands: BinaryIO, events: BinaryIO) -> None:
+        self._commands = commands
+        self._events = events
+        self._write_lock = threading.Lock()
+        self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._engine: Engine | None = None
+        self._load_cancelled = False
+
+    # -- the main thread -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        threading.Thread(target=self._intake, name="intake", daemon=True).start()
+        while True:
+            engine = self._engine
+            busy = engine is not None and engine.has_work
+            while not (busy and self._queue.empty()):
+                command = self._queue.get()
+                if command["cmd"] == "shutdown":
+                    if self._engine is not None:
+                        self._engine.close()
+                    return
+                self._obey(command)
+                engine = self._engine
+                busy = engine is not None and engine.has_work
+            assert engine is not None
+            try:
+                events = engine.step()
+            except Exception as error:  # a bug of ours: every request learns it, none hangs
+                logging.getLogger("edgeinfer.worker").exception("a step failed")
+                events = engine.fail_all(RequestFailed(f"the engine failed: {error!r}"))
+            self._tell(events)
+
+    def _obey(self, command: Mapping[str, Any]) -> None:
+        kind = command["cmd"]
+        if kind == "load":
+            self._load(command)
+            return
+        engine = self._engine
+        if kind == "submit":
+            key = command["key"]
+            if engine is None:
+                self._send({"ev": "refused", "key": key, "error": "no model is loaded"})
+            elif "error" in command:
+                self._send({"ev": "refused", "key": key, "error": command["error"]})
+            else:
+                self._tell(
+                    engine.submit(key, command["request"], command["tokens"], command["received"])
+                )
+        elif kind == "cancel" and engine is not None:
+            self._tell(engine.cancel(command["key"]))
+        elif kind == "unload" and engine is not None:
+            self._tell(engine.fail_all(RequestFailed("the model was unloaded")))
+            self._engine = None
+            engine.close()
+
+    def _load(self, command: Mapping[str, Any]) -> None:
+        """One `loaded` or `load_failed` event comes of every load command."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        begin = time.perf_counter()
+        last = 0.0
+
+        def progress(fraction: float) -> bool:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= PROGRESS_INTERVAL_S or fraction >= 1.0:
+                last = now
+                self._send({"ev": "progress", "fraction": fraction})
+            return not self._load_cancelled
+
+        wire = command["files"]
+        files = ModelFiles(
+            wire["name"], tuple(Path(p) for p in wire["paths"]), wire["format"], wire["digest"]
+        )
+        settings = dict(command["settings"])
+        settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
+        try:
+            runtime = get_backend(command["backend"]).load(files, RuntimeSettings(**settings), progress)
+            if self._load_cancelled:
+                runtime.close()
+                raise LoadFailed(f"loading {files.name} was cancelled")
+        except EdgeInferError as error:
+            self._send({"ev": "load_failed", "type": type(error).__name__, "error": str(error)})
+            return
+        except Exception as error:
+            logging.getLogger("edgeinfer.worker").exception("loading failed")
+            self._send({"ev": "load_failed", "type": "LoadFailed", "error": f"{files.name}: {error!r}"})
+            return
+        self._engine = Engine(
+            runtime,
+            model=files.name,
+            max_running=command["max_running"],
+            cache_bytes=command["cache_bytes"],
+        )
+        facts = runtime.facts
+        tokenizer = runtime.tokenizer
+        self._send(
+            {
+                "ev": "loaded",
+                "load_s": time.perf_counter() - begin,
+                "backend": facts.backend,
+                "device": facts.device,
+                "context": facts.context,
+                "context_trained": facts.context_trained,
+                "vocab_size": facts.vocab_size,
+                "kv_type_k": facts.kv_type_k,
+                "kv_type_v": facts.kv_type_v,
+                "kv_bytes_per_token": facts.kv_bytes_per_token,
+                "threads": facts.threads,
+                "threads_batch": facts.threads_batch,
+                "memory": [[item.name, item.num_bytes] for item in runtime.memory()],
+                "bos": tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else "",
+                "eos": tokenizer.text(tokenizer.eos) if tokenizer.eos is not None else "",
+                "warnings": list(facts.warnings),
+            }
+        )
+
+    def _tell(self, events: Events) -> None:
+        if events:
+            self._send(*({"ev": "event", "key": key, **event_to_wire(event)} for key, event in events))
+
+    def _send(self, *messages: Mapping[str, Any]) -> None:
+        with self._write_lock, contextlib.suppress(OSError):  # the owner is gone: stdin will say so
+            send(self._events, *messages)
+
+    # -- the intake thread -----------------------------------------------------------------------
+
+    def _intake(self) -> None:
+        while True:
+            command = None
+            with contextlib.suppress(EdgeInferError, OSError, ValueError):
+                command = receive(self._commands)
+            if command is None:
+                os._exit(0)  # the owner is gone, and the main thread may be deep in native code
+            self._prepare(command)
+
+    def _prepare(self, command: dict[str, Any]) -> None:
+        kind = command["cmd"]
+        if kind == "submit":
+            command["received"] = time.perf_counter() - command.pop("waited_s")
+            try:
+                command["request"] = request_from_wire(command["request"])
+                command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
+            except (EdgeInferError, ValueError, KeyError, TypeError) as error:
+                command["error"] = str(error)
+        elif kind == "count":
+            engine = self._engine
+            tokens = [] if engine is None else self._tokenize(command["prompt"], None)
+            self._send({"ev": "counted", "key": command["key"], "tokens": len(tokens)})
+            return
+        elif kind == "cancel_load":
+            self._load_cancelled = True
+            return
+        elif kind == "load":
+            self._load_cancelled = False
+        self._queue.put(command)
+        engine = self._engine
+        if (
+            kind == "cancel"
+            and engine is not None
+            and engine.runtime.facts.can.abort
+            and engine.is_alone(command["key"])
+        ):
+            engine.runtime.abort()
+
+    def _tokenize(self, prompt: str | None, tokens: Iterable[int] | None) -> list[int]:
+        if tokens is not None:
+            return list(tokens)
+        engine = self._engine
+        if engine is None:
+            raise RequestFailed("no model is loaded")
+        assert prompt is not None
+        tokenizer = engine.runtime.tokenizer
+        # A template that writes the bos token itself must not get a second one.
+        bos = tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else ""
+        add_special = tokenizer.adds_bos and not (bos and prompt.startswith(bos))
+        return tokenizer.encode(prompt, add_special=add_special, parse_special=True)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", None)):
+        if number is not None:  # the terminal's signals are the owner's to handle
+            signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "ERROR"))
+    commands = os.fdopen(os.dup(0), "rb", buffering=0)
+    events = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever native code prints must not end up between two events
+    Worker(commands, events).run()
+
+
+if __name__ == "__main__":
+    main()

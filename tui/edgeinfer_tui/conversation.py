@@ -1,0 +1,130 @@
+"""The conversation pane: turns one under the other, the last one growing while it is answered."""
+
+from __future__ import annotations
+
+import logging
+
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
+from textual.widgets import Markdown, Static
+from textual.widgets.markdown import MarkdownStream
+
+from edgeinfer.errors import one_line
+from edgeinfer_tui.markdown import chat_parser
+from edgeinfer_tui.sanitize import neutralise
+
+_log = logging.getLogger(__name__)
+
+
+class Question(Static):
+    """What the user said, to the letter."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(neutralise(text), markup=False)
+
+
+class Welcome(Static):
+    """What an empty chat shows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "[b $text]edgeinfer[/]\n"
+            "Everything stays on this machine.\n\n"
+            "[$text]Enter[/] sends   [$text]Ctrl+J[/] breaks the line   [$text]Esc[/] stops   "
+            "[$text]F1[/] shows all keys"
+        )
+
+
+class Notice(Static):
+    """One line from edgeinfer itself. Kinds: note, stopped, error."""
+
+    def __init__(self, text: str, kind: str = "note") -> None:
+        super().__init__(one_line(text), markup=False, classes=f"-{kind}")
+
+
+class AnswerView(Vertical):
+    """One answer: Markdown that grows, and the line that says what is awaited before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._markdown = Markdown(parser_factory=chat_parser, open_links=False)
+        self._activity = Static("", markup=False, classes="activity")
+        self._stream: MarkdownStream | None = None
+
+    def compose(self) -> ComposeResult:
+        yield self._activity
+        yield self._markdown
+
+    @property
+    def source(self) -> str:
+        """The Markdown on show."""
+        return self._markdown.source
+
+    def show_activity(self, text: str) -> None:
+        self._activity.display = bool(text)
+        self._activity.update(text)
+
+    async def append(self, text: str) -> None:
+        """Show more of the answer, at once or as soon as the last addition is on the screen."""
+        if self._stream is None:
+            self.show_activity("")
+            self._stream = Markdown.get_stream(self._markdown)
+        await self._stream.write(neutralise(text))
+
+    async def finish(self, text: str) -> None:
+        """Show the whole answer anew: after appends alone, a code fence may stay blank (oterm#308)."""
+        self.show_activity("")
+        try:
+            if self._stream is not None:
+                await self._stream.stop()
+            if self.is_attached:
+                await self._markdown.update(neutralise(text))
+        except Exception:
+            # A parser or widget of another library failed on what the model wrote: show it plainly.
+            _log.exception("an answer could not be shown as Markdown")
+            if self.is_attached:
+                self._markdown.display = False
+                await self.mount(Static(neutralise(text), markup=False))
+
+    def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
+        # A model can write any address, and a text browser would take over this terminal.
+        event.stop()
+        address = one_line(event.href)
+        self.app.copy_to_clipboard(address)
+        self.notify(address, title="Link copied", markup=False)
+
+
+class Conversation(VerticalScroll, can_focus=False):
+    """All turns. Follows the end of the text unless the user has scrolled away from it."""
+
+    def compose(self) -> ComposeResult:
+        yield Welcome()
+
+    def on_mount(self) -> None:
+        self.anchor()
+
+    async def add_question(self, text: str) -> Question:
+        await self.query_children(Welcome).remove()
+        question = Question(text)
+        await self.mount(question)
+        self.anchor()
+        return question
+
+    async def add_answer(self) -> AnswerView:
+        answer = AnswerView()
+        await self.mount(answer)
+        return answer
+
+    def add_notice(self, text: str, kind: str = "note") -> None:
+        self.mount(Notice(text, kind))
+
+    async def remove_last_answer(self) -> None:
+        """All that stands below the last question."""
+        below = list(self.children)
+        last = max((i for i, child in enumerate(below) if isinstance(child, Question)), default=-1)
+        await self.remove_children(below[last + 1 :])
+        self.anchor()
+
+    async def clear(self) -> None:
+        await self.remove_children()
+        await self.mount(Welcome())
