@@ -9,7 +9,7 @@ STARTER := smollm2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat run test check static bench clean
+.PHONY: help setup model chat prompt-given run test check static bench clean
 # The order inside `make clean setup` and of the parts of `test` is meant.
 .NOTPARALLEL:
 
@@ -32,8 +32,10 @@ model: setup
 chat: model  ## Chat in the terminal with the starter model
 	@$(BIN)/edgeinfer chat $(ARGS)
 
-run: model  ## One answer: make run PROMPT="Why is the sky blue?"
+prompt-given:
 	@test -n "$$EDGEINFER_MAKE_PROMPT" || { echo 'make run needs a prompt: make run PROMPT="Why is the sky blue?"' >&2; exit 2; }
+
+run: prompt-given model  ## One answer: make run PROMPT="Why is the sky blue?"
 	@$(BIN)/edgeinfer run $(ARGS) -- "$$EDGEINFER_MAKE_PROMPT"
 
 test: setup static model  ## Set up, check, and run all tests

@@ -39,13 +39,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 STAMP = "edgeinfer-setup.json"
 INSTALLED_WHEEL = "edgeinfer-llama-cpp.json"
-BUILD_CORE_MINUTES = 9  # measured: 4.5 minutes on 2 cores
+BUILD_CORE_MINUTES = 9  # 4 to 5 minutes on 2 cores, more beside other work
 HEARTBEAT_S = 30.0
 PACKAGE = "llama-cpp-python"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make setup", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="make setup", description="Make .venv hold everything that runs here."
+    )
     parser.add_argument("--accel", default="", help="cpu, cuda, vulkan or metal (default: by system)")
     parser.add_argument("--venv", default=".venv", help="folder of the virtual environment")
     chosen = parser.parse_args(arguments)
@@ -168,10 +170,11 @@ def compile_wheel(venv: Path, version: str, accel: str, into: Path) -> Path:
     """Compile llama-cpp-python from its source package. Minutes. Returns the wheel inside `into`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     minutes = max(1, round(BUILD_CORE_MINUTES / cores))
+    span = f"{minutes} to {minutes + max(1, minutes // 2)}"
     longer = " (a GPU build takes several times as long)" if accel in ("cuda", "vulkan") else ""
     say(
         f"setup: compiling {PACKAGE} {version} for this machine ({accel}), once:"
-        f" about {minutes} min on {cores} cores{longer}"
+        f" about {span} min on {cores} cores{longer}"
     )
     environment = build_environment(accel, pip_environment())
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(_build_jobs(cores)))

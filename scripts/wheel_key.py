@@ -88,16 +88,20 @@ def check_accel(accel: str, system: str | None = None) -> str:
         raise SetupError(f"ACCEL={accel} is not known; use one of {', '.join(ACCELERATORS)}")
     if accel == "metal" and system != "Darwin":
         raise SetupError("ACCEL=metal needs macOS; on this system use cpu, cuda or vulkan")
+    if accel == "cpu" and system == "Darwin":
+        # Its CMakeLists.txt sets GGML_METAL by force (0.3.36).
+        raise SetupError(
+            "ACCEL=cpu: llama-cpp-python always builds Metal on macOS; set up without ACCEL, and run"
+            " with `--gpu-layers 0` to stay on the CPU"
+        )
     if accel == "cuda" and system == "Darwin":
-        raise SetupError("ACCEL=cuda does not exist on macOS; use metal (the default) or cpu")
+        raise SetupError("ACCEL=cuda does not exist on macOS; use metal (the default)")
     return accel
 
 
-def cmake_flags(accel: str, system: str | None = None) -> tuple[str, ...]:
-    """llama.cpp's CMake options for an accelerator: its own defaults, except where they must change."""
-    if accel == "cpu":
-        return ("-DGGML_METAL=off",) if (system or platform.system()) == "Darwin" else ()
-    return (f"-DGGML_{accel.upper()}=on",)
+def cmake_flags(accel: str) -> tuple[str, ...]:
+    """llama.cpp's CMake options for an accelerator; the CPU is what it builds anyway."""
+    return () if accel == "cpu" else (f"-DGGML_{accel.upper()}=on",)
 
 
 def build_environment(accel: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:

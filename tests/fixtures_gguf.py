@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (
@@ -63,8 +64,8 @@ def write_tiny_gguf(
         if value is not None:
             _add(writer, key, value)
     weights = _weights(
-        arch, seed, len(values["tokenizer.ggml.tokens"] or ()), layers, hidden, heads, kv_heads, head_dim,
-        feed_forward,
+        arch, seed, len(values["tokenizer.ggml.tokens"] or ()), layers, hidden, heads, kv_heads,
+        head_dim, feed_forward,
     )  # fmt: skip
     for name, array in (weights | dict(tensors or {})).items():
         if array is not None:
@@ -77,7 +78,14 @@ def write_tiny_gguf(
 
 
 def _metadata(
-    arch: str, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, feed_forward: int, context: int
+    arch: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    feed_forward: int,
+    context: int,
 ) -> dict[str, Any]:
     values: dict[str, Any] = {
         "general.type": "model",
@@ -141,7 +149,15 @@ def _byte_letter(byte: int) -> str:
 
 
 def _weights(
-    arch: str, seed: int, vocab: int, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ff: int
+    arch: str,
+    seed: int,
+    vocab: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ff: int,
 ) -> dict[str, Any]:
     import numpy as np
 

@@ -38,8 +38,6 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from edgeinfer_models.model_files import ModelFiles
-from edgeinfer_models.tokenizer import Tokenizer
 
 from edgeinfer.backend import (
     BLOCK_TOKENS,
@@ -62,6 +60,8 @@ from edgeinfer_backends.scripted_cells import BYTES_PER_CELL, CellTable
 from edgeinfer_backends.scripted_logits import Row, RowLogits, uniform
 from edgeinfer_backends.scripted_script import Script, read_script
 from edgeinfer_backends.scripted_tokenizer import BOS, ByteTokenizer
+from edgeinfer_models.model_files import ModelFiles
+from edgeinfer_models.tokenizer import Tokenizer
 
 __all__ = ["SCRIPTED_FILES", "ByteTokenizer", "Script", "ScriptedBackend", "ScriptedRuntime"]
 
@@ -160,7 +160,6 @@ class ScriptedRuntime(Runtime):
 
     def _check_step(self, step: Step) -> None:
         facts = self._facts
-        num_tokens = step.num_tokens + step.padding
         num_rows = 0
         sequences = set()
         if not step.parts or step.padding < 0:
@@ -176,8 +175,10 @@ class ScriptedRuntime(Runtime):
             if part.logits not in ("none", "last", "all"):
                 raise ValueError(f"logits are none, last or all, not {part.logits!r}")
             num_rows += {"none": 0, "last": 1, "all": len(part.tokens)}[part.logits]
-        if num_tokens > facts.max_step_tokens:
-            raise ValueError(f"a step of {num_tokens} tokens; at most {facts.max_step_tokens} are taken")
+        if step.num_tokens > facts.max_step_tokens:
+            raise ValueError(
+                f"a step of {step.num_tokens} tokens; at most {facts.max_step_tokens} are taken"
+            )
         if num_rows > facts.max_logit_rows:
             raise ValueError(f"{num_rows} rows of logits; at most {facts.max_logit_rows} are computed")
 

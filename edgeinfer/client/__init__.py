@@ -1,15 +1,16 @@
 """What every surface talks to: a model in a worker process, or (later) an endpoint elsewhere.
 
-    with LocalClient(OpenOptions(model="smollm2")) as client:
-        client.load(print)
-        generation = client.start(Request(messages=(Message("user", "Hello"),)))
-        for event in generation.events():
-            ...
+with LocalClient(OpenOptions(model="smollm2")) as client:
+    client.load(print)
+    generation = client.start(Request(messages=(Message("user", "Hello"),)))
+    for event in generation.events():
+        ...
 """
 
 from __future__ import annotations
 
 from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
+from edgeinfer.client.local import LocalClient
 from edgeinfer.engine.request import (
     Ended,
     Event,
@@ -21,6 +22,7 @@ from edgeinfer.engine.request import (
     Text,
     TokenLogprob,
 )
+from edgeinfer.open import OpenOptions
 
 __all__ = [
     "Client",
@@ -28,8 +30,10 @@ __all__ = [
     "Event",
     "Generation",
     "LoadProgress",
+    "LocalClient",
     "Message",
     "ModelInfo",
+    "OpenOptions",
     "Prefilled",
     "Request",
     "RunStats",

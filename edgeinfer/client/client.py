@@ -91,9 +91,7 @@ class Client(ABC):
         """None before `load`."""
 
     @abstractmethod
-    def start(
-        self, request: Request, on_event: Callable[[Event], None] | None = None
-    ) -> Generation:
+    def start(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Generation:
         """Submit. Returns at once; all that happens, refusals included, comes as events.
         on_event: called for every event, from a thread of the client's own, in place of the queue
         behind `Generation.events()`."""

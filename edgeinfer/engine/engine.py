@@ -141,9 +141,7 @@ class Engine:
         if self._prefill_s_per_token > 0.0:
             beside = int(PREFILL_SLICE_S / self._prefill_s_per_token)
         limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, beside)
-        demands = [
-            Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running
-        ]
+        demands = [Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running]
         by_key = {r.key: r for r in self._running}
         return [(by_key[key], tokens) for key, tokens in plan(demands, limits)]
 

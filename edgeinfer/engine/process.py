@@ -57,6 +57,7 @@ class EngineProcess:
         self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._counts: dict[int, SimpleQueue[int | None]] = {}
         self._count_keys = count()
+        self._load_ids = count()
         self._progress: Callable[[float], None] | None = None
         self._last_words: deque[str] = deque(maxlen=30)
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
@@ -93,9 +94,11 @@ class EngineProcess:
         Raises what the backend raised; WorkerDied if the process did not survive it."""
         self._progress = progress
         files = command.files
+        load_id = next(self._load_ids)
         self._send(
             {
                 "cmd": "load",
+                "id": load_id,
                 "backend": command.backend,
                 "files": {
                     "name": files.name,
@@ -109,6 +112,8 @@ class EngineProcess:
             }
         )
         reply = self._replies.get()
+        while reply is not None and reply["id"] != load_id:  # of a load whose caller was interrupted
+            reply = self._replies.get()
         self._progress = None
         if reply is None:
             raise self.epitaph(f"while it loaded {files.name}")
@@ -229,4 +234,3 @@ class EngineProcess:
             if text:
                 self._last_words.append(text)
                 log.debug("%s", text)
-

@@ -55,7 +55,7 @@ class RunningRequest:
         return self.tokens[self.num_computed : self.num_computed + count]
 
     def length_reason(self, context: int) -> FinishReason | None:
-        """"length" once the answer may not grow: asked-for size reached, or the context is full (the
+        """ "length" once the answer may not grow: asked-for size reached, or the context is full (the
         newest token is not in the cache yet and needs a cell to go on)."""
         limit = self.request.max_tokens
         if limit is not None and self.num_answered >= limit:

@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from edgeinfer.engine.request import (
     CacheStats,
@@ -34,7 +34,7 @@ _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 30
 
 
-def send(stream: BinaryIO, *messages: Mapping[str, Any]) -> None:
+def send(stream: IO[bytes], *messages: Mapping[str, Any]) -> None:
     """All messages in one write. OSError if the other side is gone."""
     parts = []
     for message in messages:
@@ -44,7 +44,7 @@ def send(stream: BinaryIO, *messages: Mapping[str, Any]) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> dict[str, Any] | None:
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
     """The next message; None when the other side closed or died, between messages or inside one.
     Raises WorkerDied if what came is not a message."""
     head = _read(stream, _LENGTH.size)
@@ -65,7 +65,7 @@ def receive(stream: BinaryIO) -> dict[str, Any] | None:
     return message
 
 
-def _read(stream: BinaryIO, size: int) -> bytes | None:
+def _read(stream: IO[bytes], size: int) -> bytes | None:
     data = b""
     while len(data) < size:
         part = stream.read(size - len(data))

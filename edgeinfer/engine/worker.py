@@ -117,11 +117,11 @@ class Worker:
                 runtime.close()
                 raise LoadFailed(f"loading {files.name} was cancelled")
         except EdgeInferError as error:
-            self._send({"ev": "load_failed", "type": type(error).__name__, "error": str(error)})
+            self._load_failed(command, type(error).__name__, str(error))
             return
         except Exception as error:
             logging.getLogger("edgeinfer.worker").exception("loading failed")
-            self._send({"ev": "load_failed", "type": "LoadFailed", "error": f"{files.name}: {error!r}"})
+            self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
         self._engine = Engine(
             runtime,
@@ -134,6 +134,7 @@ class Worker:
         self._send(
             {
                 "ev": "loaded",
+                "id": command["id"],
                 "load_s": time.perf_counter() - begin,
                 "backend": facts.backend,
                 "device": facts.device,
@@ -151,6 +152,9 @@ class Worker:
                 "warnings": list(facts.warnings),
             }
         )
+
+    def _load_failed(self, command: Mapping[str, Any], kind: str, message: str) -> None:
+        self._send({"ev": "load_failed", "id": command["id"], "type": kind, "error": message})
 
     def _tell(self, events: Events) -> None:
         if events:

@@ -117,7 +117,9 @@ def config_from_hf(folder: Path) -> ModelConfig:
     heads = values.integer("num_attention_heads", "n_head")
     head_dim = values.integer("head_dim", default=width // heads if heads else 0)
     kv_heads = values.integer("num_key_value_heads", default=heads)
-    window = values.integer("sliding_window", default=0) if values.get("use_sliding_window") is not False else 0
+    window = values.integer("sliding_window", default=0)
+    if values.get("use_sliding_window") is False:
+        window = 0
     weights = sum(t.num_bytes for t in model.tensors)
     dtypes: dict[str, int] = {}
     for tensor in model.tensors:
@@ -164,12 +166,16 @@ class _HfValues:
             if value is None:
                 continue
             if type(value) is not int or not 0 <= value < 2**31:
-                raise ModelFileInvalid(f"{self._where}: '{key}' is not a number that can be; check the file")
+                raise ModelFileInvalid(
+                    f"{self._where}: '{key}' is not a number that can be; check the file"
+                )
             if value > 4096 and key in ("num_hidden_layers", "n_layer"):
                 raise ModelFileInvalid(f"{self._where}: {value:,} layers; check the file")
             return value
         if default is None:
-            raise ModelFileInvalid(f"{self._where}: '{keys[0]}' is missing; download the whole model folder")
+            raise ModelFileInvalid(
+                f"{self._where}: '{keys[0]}' is missing; download the whole model folder"
+            )
         return default
 
     def architecture(self) -> str:

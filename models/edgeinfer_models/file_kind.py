@@ -16,7 +16,11 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"ggml", "a ggml file from before GGUF", "download the model as .gguf"),
     (b"ggjt", "a ggml file from before GGUF", "download the model as .gguf"),
     (b"ggla", "an old LoRA adapter", "download the model as .gguf"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the model itself", "run `git lfs pull` beside it"),
+    (
+        b"version https://git-lfs",
+        "a git-lfs pointer, not the model itself",
+        "run `git lfs pull` beside it",
+    ),
     (b"PK\x03\x04", "a zip archive or PyTorch checkpoint", "unpack it, or download the model as .gguf"),
     (b"\x80\x02", "a PyTorch pickle", "download the model as .gguf or .safetensors"),
     (b"\x1f\x8b", "gzip data", "unpack it first"),
@@ -57,7 +61,9 @@ def require_regular_file(path: Path) -> int:
     try:
         info = path.stat()
     except FileNotFoundError:
-        raise ModelNotFound(f"{path}: no such file; check the path, or see `edgeinfer models list`") from None
+        raise ModelNotFound(
+            f"{path}: no such file; check the path, or see `edgeinfer models list`"
+        ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the path is not valid"
         raise ModelFileInvalid(f"{path}: cannot be read ({reason}); check the path") from None

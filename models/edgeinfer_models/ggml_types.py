@@ -74,7 +74,9 @@ REMOVED_TYPES: dict[int, str] = {
 
 # A matrix of another type has no product in ggml-cpu: llama.cpp would call a null pointer.
 MATRIX_TYPES: frozenset[str] = frozenset(
-    t.name for t in GGML_TYPES.values() if t.name not in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
+    t.name
+    for t in GGML_TYPES.values()
+    if t.name not in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
 )
 
 KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")

@@ -65,7 +65,9 @@ def layer_values(header: GgufHeader, key: str, layers: int) -> tuple[int, ...] |
         numbers = header.get_list(key) or []
         if len(numbers) == layers:
             return tuple(int(n) for n in numbers)
-    raise _invalid(header, f"'{header._key(key)}' is neither a number nor one for each of {layers} layers")
+    raise _invalid(
+        header, f"'{header._key(key)}' is neither a number nor one for each of {layers} layers"
+    )
 
 
 def _check_architecture(header: GgufHeader) -> str:
@@ -75,7 +77,9 @@ def _check_architecture(header: GgufHeader) -> str:
         raise _invalid(header, "'general.architecture' is missing")
     kind = header.get_str("general.type", "model")
     if kind not in ("model", ""):
-        raise UnsupportedModel(f"{name}: is of type '{kind}', not a whole model; give the model it belongs to")
+        raise UnsupportedModel(
+            f"{name}: is of type '{kind}', not a whole model; give the model it belongs to"
+        )
     if architecture in NOT_TEXT_MODELS:
         raise UnsupportedModel(
             f"{name}: is {NOT_TEXT_MODELS[architecture]}; give the file of a language model"
@@ -158,7 +162,8 @@ class _Checks:
         scaling = self.header.get("{arch}.rope.scaling.type", "linear")
         if scaling not in ROPE_SCALINGS:
             raise UnsupportedModel(
-                f"{self.header.path.name}: RoPE scaling '{scaling}' is unknown to this build's llama.cpp;"
+                f"{self.header.path.name}: RoPE scaling '{scaling}' is unknown to this build's"
+                " llama.cpp;"
                 " update edgeinfer, or use another model"
             )
         self.optional_integer("{arch}.pooling_type", 0, 4)
@@ -185,7 +190,9 @@ class _Checks:
         for layer, (count, kv_count) in enumerate(zip(heads, kv_heads, strict=True)):
             least = 0 if varies else 1
             if not least <= count <= MAX_WIDTH or not least <= kv_count <= MAX_WIDTH:
-                raise self.invalid(f"layer {layer} has {count:,} attention heads and {kv_count:,} KV heads")
+                raise self.invalid(
+                    f"layer {layer} has {count:,} attention heads and {kv_count:,} KV heads"
+                )
             if kv_count and count % kv_count:
                 raise self.invalid(f"layer {layer} has {count} attention heads over {kv_count} KV heads")
         first = heads[0]
@@ -196,7 +203,9 @@ class _Checks:
         default = width // first if first else 0
         key, value = key or default, value or default
         if key != value and architecture in EQUAL_HEADS:
-            raise self.invalid(f"keys are {key} wide and values {value}, which '{architecture}' does not have")
+            raise self.invalid(
+                f"keys are {key} wide and values {value}, which '{architecture}' does not have"
+            )
         rope = self.optional_integer("{arch}.rope.dimension_count", 0, MAX_WIDTH)
         if rope is None or not first:
             return
@@ -211,7 +220,8 @@ class _Checks:
             if _must_be_f32(tensor):
                 if tensor.type_name != "F32":
                     raise UnsupportedModel(
-                        f"{self.header.path.name}: vector '{tensor.name}' has the type {tensor.type_name},"
+                        f"{self.header.path.name}: vector '{tensor.name}' has the type"
+                        f" {tensor.type_name},"
                         " and llama.cpp computes with F32 vectors only; convert the model again"
                     )
             elif tensor.type_name not in MATRIX_TYPES and not _is_table(tensor):
@@ -250,7 +260,8 @@ class _Checks:
         shape: Sequence[int] = tensor.shape
         if len(shape) != 2 or shape[0] != width or (tokens and shape[1] != tokens):
             raise self.invalid(
-                f"'token_embd.weight' has the shape {list(shape)} where the header says [{width}, {tokens}]"
+                f"'token_embd.weight' has the shape {list(shape)} where the header says [{width},"
+                f" {tokens}]"
             )
 
 

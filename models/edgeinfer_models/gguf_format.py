@@ -58,7 +58,9 @@ class GgufArray:
                 file.seek(self.offset)
                 data = file.read(self.nbytes)
         except OSError as error:
-            raise ModelFileInvalid(f"{self.path.name}: cannot be read ({error.strerror}); try again") from None
+            raise ModelFileInvalid(
+                f"{self.path.name}: cannot be read ({error.strerror}); try again"
+            ) from None
         if len(data) != self.nbytes:
             raise ModelFileInvalid(f"{self.path.name}: shrank while it was read; download it again")
         return data
@@ -151,7 +153,9 @@ class Cursor:
         kind = self._kind(what)
         length = self.integer("u64", what)
         if kind == "array":
-            raise UnsupportedModel(f"{self.name}: {what} is an array of arrays, which llama.cpp cannot read")
+            raise UnsupportedModel(
+                f"{self.name}: {what} is an array of arrays, which llama.cpp cannot read"
+            )
         element_bytes = 8 if kind == "str" else _SCALARS[kind].size
         self.need(length * element_bytes, f"{what} with {length:,} elements")
         if length > 2**30:

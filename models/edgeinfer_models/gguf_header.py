@@ -1,7 +1,7 @@
 """A GGUF file's header: metadata and tensors, checked against the file before native code sees it.
 
-`read_gguf_header` is strict in what can be proved from one file's structure. `gguf_model.read_gguf_model`
-is what callers want: it joins the shards of a split model and checks that the model makes sense.
+`read_gguf_header` is strict in what can be proved from one file's structure. What callers want is
+`gguf_model.read_gguf_model`: it joins the shards of a split model and checks that the model makes sense.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class GgufHeader:
 
     def get_float(self, key: str, default: float = 0.0) -> float:
         value = self.get(key)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number else default  # type: ignore[arg-type]
 
     def get_str(self, key: str, default: str = "") -> str:
         value = self.get(key)
@@ -172,7 +173,8 @@ def _read_version(cursor: Cursor) -> int:
         )
     if version == 1:
         raise UnsupportedModel(
-            f"{cursor.name}: is GGUF version 1, which llama.cpp no longer reads; download a newer conversion"
+            f"{cursor.name}: is GGUF version 1, which llama.cpp no longer reads; download a newer"
+            " conversion"
         )
     if 3 < version < 100:
         raise UnsupportedModel(
@@ -216,20 +218,24 @@ def _read_tensor(cursor: Cursor, index: int) -> GgufTensor:
     if ggml_type is None:
         if type_id in REMOVED_TYPES:
             raise UnsupportedModel(
-                f"{cursor.name}: {what} has the type {REMOVED_TYPES[type_id]}, which llama.cpp has dropped;"
+                f"{cursor.name}: {what} has the type {REMOVED_TYPES[type_id]}, which llama.cpp has"
+                " dropped;"
                 " download a newer quantization of this model"
             )
         raise cursor.invalid(f"{what} has the unknown type {type_id}")
     if shape[0] % ggml_type.block:
         raise cursor.invalid(
-            f"{what} has rows of {shape[0]}, which {ggml_type.name} cannot hold (blocks of {ggml_type.block})"
+            f"{what} has rows of {shape[0]}, which {ggml_type.name} cannot hold (blocks of"
+            f" {ggml_type.block})"
         )
     num_bytes = elements // ggml_type.block * ggml_type.block_bytes
     return GgufTensor(name, shape, ggml_type.name, type_id, offset, num_bytes)
 
 
-def _check_placement(cursor: Cursor, tensors: Sequence[GgufTensor], data_offset: int, alignment: int) -> None:
-    """Tensors must follow one another without gap or overlap, as gguf.cpp demands, and end in the file."""
+def _check_placement(
+    cursor: Cursor, tensors: Sequence[GgufTensor], data_offset: int, alignment: int
+) -> None:
+    """Tensors follow one another without gap or overlap, as gguf.cpp demands, and end in the file."""
     seen: set[str] = set()
     expected = 0
     for tensor in tensors:
@@ -238,7 +244,8 @@ def _check_placement(cursor: Cursor, tensors: Sequence[GgufTensor], data_offset:
         seen.add(tensor.name)
         if tensor.offset != expected:
             raise cursor.invalid(
-                f"tensor '{tensor.name}' lies at offset {tensor.offset:,} where {expected:,} was expected"
+                f"tensor '{tensor.name}' lies at offset {tensor.offset:,} where {expected:,} was"
+                " expected"
             )
         expected += -(-tensor.num_bytes // alignment) * alignment
     if not tensors:
@@ -250,4 +257,3 @@ def _check_placement(cursor: Cursor, tensors: Sequence[GgufTensor], data_offset:
             f"{cursor.name}: {missing:,} of {end:,} bytes are missing at its end;"
             " the download was cut off, download it again"
         )
-

@@ -50,7 +50,9 @@ def _join_shards(first: GgufHeader) -> GgufHeader:
             f" name them NAME-00001-of-{count:05d}.gguf and on"
         )
     if first.get_int("split.no") != 0:
-        raise ModelFileInvalid(f"{name}: says it is not the first shard; its name is wrong or it is damaged")
+        raise ModelFileInvalid(
+            f"{name}: says it is not the first shard; its name is wrong or it is damaged"
+        )
     headers = [first]
     for number in range(2, count + 1):
         shard = first.path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
@@ -61,7 +63,9 @@ def _join_shards(first: GgufHeader) -> GgufHeader:
                 f"{shard.name}: shard {number} of {count} is missing; put it beside {name}"
             ) from None
         if header.get_int("split.no", -1) != number - 1 or header.get_int("split.count") != count:
-            raise ModelFileInvalid(f"{shard.name}: does not say it is shard {number} of {count}; get it again")
+            raise ModelFileInvalid(
+                f"{shard.name}: does not say it is shard {number} of {count}; get it again"
+            )
         headers.append(header)
     tensors = _all_tensors(headers)
     expected = first.get_int("split.tensors.count", len(tensors))

@@ -1,4 +1,4 @@
-"""Whether a GGUF vocabulary is one llama.cpp can load without aborting. Source: llama-vocab.cpp, 0.3.36."""
+"""Whether llama.cpp can load a GGUF vocabulary without aborting. Source: llama-vocab.cpp, 0.3.36."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ TOKENIZERS = {
 # A wrong one of these ends no answer; llama.cpp ignores bad ids of the others (padding, infill …).
 _CHECKED_IDS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
 _IDS = (*_CHECKED_IDS, "unknown_token_id", "seperator_token_id", "padding_token_id", "mask_token_id")
-_BOOLS = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces")
+_BOOLS = (
+    "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces",
+)  # fmt: skip
 
 
 def check_vocabulary(header: GgufHeader) -> None:
@@ -48,9 +50,9 @@ def check_vocabulary(header: GgufHeader) -> None:
         raise _invalid(header, "'tokenizer.ggml.tokens' is missing or empty")
     _check_parallel_arrays(header, len(tokens))
     _check_special_ids(header, len(tokens))
-    if kind == "bpe" and header.get_str("tokenizer.ggml.pre") != "kimi-k2":
-        if header.types.get("tokenizer.ggml.merges") != "[str]":
-            raise _invalid(header, "'tokenizer.ggml.merges' is missing")
+    needs_merges = kind == "bpe" and header.get_str("tokenizer.ggml.pre") != "kimi-k2"
+    if needs_merges and header.types.get("tokenizer.ggml.merges") != "[str]":
+        raise _invalid(header, "'tokenizer.ggml.merges' is missing")
     # GGML_ASSERT(id_to_token.size() == token_to_id.size()). Empty tokens get a name by their number.
     named = [token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
     unique = set(named)
@@ -71,7 +73,7 @@ def _string_array(header: GgufHeader, key: str) -> list[bytes] | None:
 
 def _check_types(header: GgufHeader) -> None:
     """get_key throws when a type is another than it expects; say which."""
-    expected = {f"tokenizer.ggml.{key}": ("bool",) for key in _BOOLS}
+    expected: dict[str, tuple[str, ...]] = {f"tokenizer.ggml.{key}": ("bool",) for key in _BOOLS}
     expected |= {f"tokenizer.ggml.{key}": ("u32",) for key in _IDS}
     expected["tokenizer.ggml.pre"] = ("str",)
     expected["tokenizer.ggml.scores"] = ("[f32]", "[i32]")
@@ -95,7 +97,9 @@ def _check_special_ids(header: GgufHeader, num_tokens: int) -> None:
     for key in _CHECKED_IDS:
         token = header.get_int(f"tokenizer.ggml.{key}", 0)
         if token >= num_tokens:
-            raise _invalid(header, f"'tokenizer.ggml.{key}' is {token:,} in a vocabulary of {num_tokens:,}")
+            raise _invalid(
+                header, f"'tokenizer.ggml.{key}' is {token:,} in a vocabulary of {num_tokens:,}"
+            )
 
 
 def _check_byte_tokens(header: GgufHeader, tokens: set[bytes]) -> None:
@@ -103,7 +107,8 @@ def _check_byte_tokens(header: GgufHeader, tokens: set[bytes]) -> None:
     for byte in range(256):
         if b"<0x%02X>" % byte not in tokens and bytes((byte,)) not in tokens:
             raise UnsupportedModel(
-                f"{header.path.name}: its vocabulary has no token <0x{byte:02X}>, so llama.cpp would stop at"
+                f"{header.path.name}: its vocabulary has no token <0x{byte:02X}>, so llama.cpp"
+                " would stop at"
                 " text it does not know; convert the model again with byte fallback"
             )
 

@@ -100,7 +100,9 @@ def read_safetensors_folder(folder: Path) -> SafetensorsFolder:
     else:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
-            found = "no .safetensors file" if not files else f"{len(files)} .safetensors files but no index"
+            found = (
+                "no .safetensors file" if not files else f"{len(files)} .safetensors files but no index"
+            )
             raise ModelFileInvalid(f"{folder}: has {found}; download the whole model folder")
         shards = [read_safetensors_header(files[0])]
     return SafetensorsFolder(folder, config, tuple(shards))
@@ -158,8 +160,12 @@ def _tensor(file: str, name: str, entry: Any, data_offset: int) -> SafetensorsTe
     what = f"tensor '{name}'"
     if not isinstance(entry, dict):
         raise _invalid(file, f"{what} is not described by an object")
+    dtype: Any
+    shape: Any
+    offsets: Any
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    proper = isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
+    if not proper:
         raise _invalid(file, f"{what} lacks a proper dtype, shape or data_offsets")
     bits = _DTYPE_BITS.get(dtype)
     if bits is None:

@@ -1,58 +1,17 @@
-"""The runtimes that the contract is tested on. A new backend is one more line in RUNTIMES."""
+"""Fixtures of the contract suite: each test runs on every runtime of runtimes.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeinfer.backend import Backend, RuntimeSettings
 from edgeinfer.errors import BackendUnavailable
-from edgeinfer.registry import get_backend
-from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
-from edgeinfer_models.model_files import ModelFiles
 from tests.contract.checked_runtime import CheckedRuntime
-
-SETTINGS = RuntimeSettings(
-    context=1024, sequences=3, step_tokens=512, logit_rows=64, threads=1, threads_batch=2, gpu_layers=0
-)
-
-
-@dataclass(frozen=True)
-class RuntimeFactory:
-    """A backend and a small model for it. The model's file is made when it is first needed."""
-
-    name: str
-    find_backend: Callable[[], Backend]
-    make_files: Callable[[Path], ModelFiles]
-
-    def load(self, folder: Path, settings: RuntimeSettings) -> CheckedRuntime:
-        runtime = self.find_backend().load(self.make_files(folder), settings, lambda done: True)
-        return CheckedRuntime(runtime)
-
-
-def _tiny_gguf(folder: Path) -> ModelFiles:
-    from tests.fixtures_gguf import write_tiny_gguf
-
-    path = folder / "tiny.gguf"
-    if not path.exists():
-        write_tiny_gguf(path)
-    return ModelFiles(name="tiny", paths=(path,), format="gguf")
-
-
-def _scripted(script: Script) -> RuntimeFactory:
-    name = "scripted" if script.kv_layout == "shared" else f"scripted-{script.kv_layout}"
-    return RuntimeFactory(name, lambda: ScriptedBackend(script), lambda folder: SCRIPTED_FILES)
-
-
-RUNTIMES = (
-    _scripted(Script()),
-    _scripted(Script(kv_layout="private")),
-    RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf),
-)
+from tests.contract.runtimes import RUNTIMES, SETTINGS, RuntimeFactory
 
 
 @pytest.fixture(scope="session", params=RUNTIMES, ids=lambda factory: factory.name)

@@ -103,6 +103,18 @@ class Chat:
             return False
         return self.turns[-1].is_remembered or self.turns[-1].state == "finished"
 
+    @property
+    def repeats_itself(self) -> bool:
+        """Whether the same request gives the same text."""
+        return self._settings.sampling.is_greedy or self._settings.sampling.seed is not None
+
+    def why_cut(self, stats: RunStats) -> str:
+        """Why an answer that ended by its length did."""
+        tokens, limit = stats.usage.completion_tokens, self._settings.max_tokens
+        if limit is not None and tokens >= limit:
+            return f"ended at {tokens:,} tokens, as --max-tokens says"
+        return f"ended after {tokens:,} tokens: the context is full; Ctrl+N starts a new chat"
+
     def ask(self, turn: Turn) -> Answer:
         """Request the answer to `turn`, after all remembered turns before it."""
         assert self.running is None  # noqa: S101 — the screen refuses a second question

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from textual.binding import Binding, BindingType
+from textual.binding import Binding
 
-CHAT_KEYS: list[BindingType] = [
+CHAT_KEYS = [
     Binding("escape", "stop", "Stop", id="chat.stop", tooltip="Stop the answer; what has come stays"),
     Binding("ctrl+n", "new_chat", "New", id="chat.new", priority=True, tooltip="Start a new chat"),
     Binding(

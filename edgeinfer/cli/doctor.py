@@ -1,0 +1,115 @@
+"""`edgeinfer doctor`: the machine, what can run on it, and what is stored."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from edgeinfer.cli import options
+from edgeinfer.cli.errors import guard
+
+
+@guard
+def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
+    """Show the machine, the backends (usable, or the reason not), models, versions."""
+    findings = examine()
+    if json_output:
+        from edgeinfer.cli.output import emit_json
+
+        emit_json(findings)
+    else:
+        sys.stdout.write(render(findings))
+
+
+def examine() -> dict[str, Any]:
+    """Everything doctor knows, as JSON values. Never raises for a backend that is broken."""
+    from edgeinfer import __version__
+    from edgeinfer.errors import EdgeInferError
+    from edgeinfer.machine.probe import default_threads, probe_machine
+    from edgeinfer.registry import backend_names, get_backend
+    from edgeinfer_models.store import data_folder, list_models
+
+    machine = probe_machine()
+    decode, prefill = default_threads()
+    backends = []
+    for name in backend_names():
+        if name == "scripted":  # for tests; nothing a user would run
+            continue
+        try:
+            probe = get_backend(name).probe()
+        except EdgeInferError as error:
+            backends.append({"name": name, "usable": False, "reason": str(error)})
+            continue
+        backends.append(
+            {
+                "name": name,
+                "usable": probe.usable,
+                "reason": probe.reason,
+                "version": probe.version,
+                "build": probe.build,
+                "devices": [
+                    {
+                        "name": device.name,
+                        "kind": device.kind,
+                        "total_bytes": device.total_bytes,
+                        "free_bytes": device.free_bytes,
+                    }
+                    for device in probe.devices
+                ],
+            }
+        )
+    return {
+        "machine": {
+            "system": machine.system,
+            "processor": machine.processor,
+            "physical_cores": machine.physical_cores,
+            "logical_cores": machine.logical_cores,
+            "total_bytes": machine.total_bytes,
+            "available_bytes": machine.available_bytes,
+            "threads": {"decode": decode, "prefill": prefill},
+        },
+        "backends": backends,
+        "models": {
+            "folder": str(data_folder()),
+            "installed": [model.name for model in list_models().models],
+        },
+        "versions": {"edgeinfer": __version__, "python": sys.version.split()[0], **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("llama-cpp-python", "gguf", "numpy", "textual", "jinja2", "typer"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def render(findings: dict[str, Any]) -> str:
+    machine = findings["machine"]
+    gib = 2**30
+    lines = [
+        f"machine    {machine['processor']}, {machine['physical_cores']} cores"
+        f" ({machine['logical_cores']} threads), {machine['system']}",
+        f"memory     {machine['available_bytes'] / gib:.1f} GiB free"
+        f" of {machine['total_bytes'] / gib:.1f} GiB",
+        f"threads    {machine['threads']['decode']} to answer,"
+        f" {machine['threads']['prefill']} to read prompts",
+    ]
+    for backend in findings["backends"]:
+        if backend["usable"]:
+            devices = ", ".join(f"{d['name']} ({d['kind']})" for d in backend["devices"])
+            lines.append(f"backend    {backend['name']} {backend['version']}: usable; {devices}")
+        else:
+            lines.append(f"backend    {backend['name']}: not usable: {backend['reason']}")
+    models = findings["models"]
+    installed = ", ".join(models["installed"]) or "none; `edgeinfer models pull smollm2` gets one"
+    lines.append(f"models     {installed}")
+    lines.append(f"           in {models['folder']}")
+    versions = ", ".join(f"{name} {version}" for name, version in findings["versions"].items())
+    lines.append(f"versions   {versions}")
+    return "\n".join(lines) + "\n"

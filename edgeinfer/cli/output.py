@@ -1,0 +1,41 @@
+"""Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def emit_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, on one line, ASCII (any terminal and any locale can carry it)."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Text of a model made safe for a terminal: control characters but newline and tab are dropped,
+    so that an answer cannot move the cursor, retitle the window or write the clipboard."""
+    return "".join(c for c in text if c in "\n\t" or not ("\x00" <= c < " " or "\x7f" <= c < "\xa0"))
+
+
+class StatusLine:
+    """A line on stderr that is rewritten in place; silent unless stderr is a terminal."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._shown = 0
+        self._enabled = enabled and sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        if self._enabled:
+            padding = " " * max(0, self._shown - len(text))
+            sys.stderr.write(f"\r{text}{padding}")
+            sys.stderr.flush()
+            self._shown = len(text)
+
+    def clear(self) -> None:
+        if self._enabled and self._shown:
+            sys.stderr.write("\r" + " " * self._shown + "\r")
+            sys.stderr.flush()
+            self._shown = 0

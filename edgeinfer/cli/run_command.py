@@ -1,0 +1,197 @@
+"""`edgeinfer run`: one answer, streamed to stdout; what it took, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeinfer.cli import options
+from edgeinfer.cli.errors import INTERRUPTED, guard
+from edgeinfer.errors import EdgeInferError, UsageError, error_from_wire
+
+if TYPE_CHECKING:
+    from edgeinfer.client import Client, Ended, ModelInfo, Request, RunStats
+
+MAX_STDIN_BYTES = 64 * 2**20
+
+
+@guard
+def run(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] PROMPT", help="PROMPT of '-' reads standard input."),
+    ],
+    backend: options.Backend = "auto",
+    ctx: options.Ctx = None,
+    threads: options.Threads = "auto",
+    gpu_layers: options.GpuLayers = "auto",
+    kv_type: options.KvType = "f16",
+    kv_type_k: options.KvTypeK = None,
+    kv_type_v: options.KvTypeV = None,
+    cache_ram: options.CacheRam = "1G",
+    seed: options.Seed = None,
+    temp: options.Temp = 0.7,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 40,
+    min_p: options.MinP = 0.05,
+    typical_p: options.TypicalP = 1.0,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    dry_multiplier: options.DryMultiplier = 0.0,
+    max_tokens: options.MaxTokens = None,
+    system: options.System = None,
+    stop: options.Stop = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Send PROMPT as it is, without the chat template.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures on stderr.")] = False,
+    json_output: options.JsonOutput = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer one prompt. The text goes to stdout, everything else to stderr."""
+    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.cli.output import StatusLine
+    from edgeinfer.client import LocalClient, Message, Request
+    from edgeinfer.sampling import SamplingParams
+
+    if len(arguments) > 2:
+        raise UsageError("run takes at most MODEL and PROMPT; put quotes around a prompt with spaces")
+    model = arguments[0] if len(arguments) == 2 else None
+    sampling = SamplingParams(
+        temperature=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        typical_p=typical_p,
+        repeat_penalty=repeat_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        dry_multiplier=dry_multiplier,
+        seed=seed,
+    )
+    opened = open_options(
+        model,
+        backend=backend,
+        ctx=ctx,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        kv_type=kv_type,
+        kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v,
+        cache_ram=cache_ram,
+    )
+    prompt = _read_prompt(arguments[-1])
+    messages = [Message("user", prompt)]
+    if system is not None:
+        messages.insert(0, Message("system", system))
+    request = Request(
+        messages=None if raw else tuple(messages),
+        prompt=prompt if raw else None,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+    )
+    status = StatusLine(enabled=not quiet)
+
+    def show(what: str, fraction: float) -> None:
+        status.show(f"{what} … {fraction:.0%}")
+
+    with LocalClient(opened, puller(show)) as client:
+        try:
+            info = client.load(show)
+        finally:
+            status.clear()
+        _answer(client, info, request, status, quiet=quiet, json_output=json_output)
+
+
+def _answer(
+    client: Client,
+    info: ModelInfo,
+    request: Request,
+    status: object,
+    *,
+    quiet: bool,
+    json_output: bool,
+) -> None:
+    from edgeinfer.cli.output import StatusLine, emit_json, printable
+    from edgeinfer.client import Ended, Prefilled, Text
+
+    assert isinstance(status, StatusLine)  # noqa: S101
+    on_terminal = sys.stdout.isatty()
+    generation = client.start(request)
+    ended: Ended | None = None
+    interrupted = False
+    events = generation.events()
+    while ended is None:
+        try:
+            for event in events:
+                if isinstance(event, Prefilled):
+                    status.show(f"reading the prompt … {event.done / event.total:.0%}")
+                elif isinstance(event, Text):
+                    status.clear()
+                    if not json_output:
+                        sys.stdout.write(printable(event.text) if on_terminal else event.text)
+                        sys.stdout.flush()
+                elif isinstance(event, Ended):
+                    ended = event
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            generation.cancel()
+            events = generation.events()
+    status.clear()
+    if ended.outcome == "failed":
+        if not json_output and ended.stats.text:
+            sys.stdout.write("\n")
+        raise _failure(ended)
+    if json_output:
+        emit_json(ended.stats.as_json())
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if not quiet:
+            sys.stderr.write(summary(ended.stats, info) + "\n")
+            for warning in ended.stats.warnings:
+                sys.stderr.write(f"edgeinfer: warning: {warning}\n")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _failure(ended: Ended) -> EdgeInferError:
+    return error_from_wire(ended.error_type, ended.error)
+
+
+def summary(stats: RunStats, info: ModelInfo) -> str:
+    """The one line of figures after an answer."""
+    usage, timings = stats.usage, stats.timings
+    cached = f", {usage.cached_tokens} of them cached" if usage.cached_tokens else ""
+    rates = f"first token after {timings.ttft_s:.2f} s" if timings.ttft_s else "no token"
+    if timings.decode_tok_s:
+        rates += f", then {timings.decode_tok_s:.0f} tok/s"
+    ending = {"stop": "", "length": "; cut at its length limit", "cancelled": "; stopped"}
+    return (
+        f"[{stats.model} on {stats.backend}/{info.device}: {usage.prompt_tokens} prompt tokens{cached},"
+        f" {usage.completion_tokens} answered; {rates}{ending.get(stats.finish_reason, '')}]"
+    )
+
+
+def _read_prompt(argument: str) -> str:
+    """The prompt, from standard input for "-". Raises EdgeInferError where it is not text."""
+    if argument != "-":
+        if any("\ud800" <= c <= "\udfff" for c in argument):
+            raise EdgeInferError("the prompt is not valid UTF-8; check the terminal's encoding")
+        return argument
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise EdgeInferError(f"standard input is longer than {MAX_STDIN_BYTES // 2**20} MiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EdgeInferError(
+            f"standard input is not valid UTF-8: byte 0x{data[error.start]:02x} at offset"
+            f" {error.start}; convert it first (iconv -t utf-8)"
+        ) from None

@@ -1,0 +1,302 @@
+"""A model in a worker process of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
+from edgeinfer.engine.process import EngineProcess
+from edgeinfer.engine.request import Ended, Event, Request, RunStats
+from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
+from edgeinfer.open import OpenOptions, OpenPlan, plan_open
+from edgeinfer_models.store import record_last_used
+
+if TYPE_CHECKING:
+    from edgeinfer_models.chat_template import TemplateRenderer
+
+# Deaths without an answer in between, after which the worker is no longer restarted by itself.
+MAX_DEATHS_IN_A_ROW = 3
+
+
+@dataclass
+class _Pending:
+    """A request on its way: `sent_to` is the process that has it, once one has."""
+
+    generation: Generation
+    on_event: Callable[[Event], None]
+    request: Request
+    started: float
+    cancelled: bool = False
+    sent_to: EngineProcess | None = None
+
+
+class LocalClient(Client):
+    """Renders templates, owns the worker process, starts it again when it dies.
+
+    pull_missing(name): fetch a catalogue model that is not here; without it, loading fails.
+    """
+
+    def __init__(self, options: OpenOptions, pull_missing: Callable[[str], None] | None = None) -> None:
+        self._options = options
+        self._pull_missing = pull_missing
+        self._lock = threading.RLock()
+        self._load_lock = threading.Lock()
+        self._process: EngineProcess | None = None
+        self._plan: OpenPlan | None = None
+        self._info: ModelInfo | None = None
+        self._renderer: TemplateRenderer | None = None
+        self._pending: dict[int, _Pending] = {}
+        self._keys = count(1)
+        self._closed = False
+        self._load_cancelled = False
+        self._progress: LoadProgress | None = None
+        self._deaths = 0
+        # Rendering may take seconds with a hostile template; it must not hold the caller.
+        self._renderers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def load(self, progress: LoadProgress | None = None) -> ModelInfo:
+        with self._load_lock:
+            self._progress = progress
+            if self._info is not None and self._process is not None and self._process.is_alive:
+                return self._info
+            self._load_cancelled = False
+            if self._closed:
+                raise LoadFailed("the client is closed")
+            self.report_progress("checking the model", 0.0)
+            # The process starts (0.2 s of imports) while the file's header is read here.
+            process = self._spawn()
+            plan = self._plan or plan_open(self._options, self._pull_missing)
+            self._plan = plan
+            if self._load_cancelled:
+                raise LoadFailed(f"loading {plan.name} was cancelled")
+            if self._renderer is None:
+                self._renderer = _start_renderer(plan)
+            self.report_progress(f"loading {plan.name}", 0.0)
+            # A load that fails leaves the process to the next one; one that kills it, to `_on_death`.
+            facts = process.load(
+                plan.command,
+                lambda fraction: self.report_progress(f"loading {plan.name}", fraction),
+            )
+            self._info = _model_info(plan, facts)
+            with contextlib.suppress(OSError):  # a read-only home: remembering is a convenience
+                record_last_used(plan.spec)
+            self.report_progress(f"loaded {plan.name}", 1.0)
+            return self._info
+
+    def report_progress(self, what: str, fraction: float) -> None:
+        """Tell the one who waits for `load`; a `pull_missing` calls it too."""
+        if self._progress is not None:
+            self._progress(what, fraction)
+
+    def _spawn(self) -> EngineProcess:
+        with self._lock:
+            if self._process is not None and self._process.is_alive:
+                return self._process
+            process = EngineProcess(
+                self._on_event,
+                self._on_refused,
+                lambda error: self._on_death(process, error),
+            )
+            self._process = process
+            return process
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self._info
+
+    @property
+    def worker_pid(self) -> int | None:
+        process = self._process
+        return process.pid if process is not None else None
+
+    def reopen(self, options: OpenOptions) -> None:
+        """Forget the model but keep the process: the next `load` puts another one into it."""
+        with self._load_lock:
+            self._options = options
+            self._plan = None
+            self._info = None
+            self._close_renderer()
+
+    def cancel_load(self) -> None:
+        self._load_cancelled = True
+        process = self._process
+        if process is not None:
+            process.cancel_load()
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def start(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Generation:
+        key = next(self._keys)
+        generation = Generation(lambda: self._cancel(key))
+        pending = _Pending(generation, on_event or generation.put, request, time.perf_counter())
+        with self._lock:
+            self._pending[key] = pending
+            if not self._closed:
+                self._renderers.submit(self._submit, key, pending)
+                return generation
+        self._end(key, "failed", LoadFailed("the client is closed"))
+        return generation
+
+    def _submit(self, key: int, pending: _Pending) -> None:
+        try:
+            if self._info is None or self._process is None or not self._process.is_alive:
+                self.load()  # the worker died, or nobody loaded yet
+            rendered = self._render(pending.request)
+            with self._lock:
+                if pending.cancelled:
+                    self._end(key, "cancelled", None)
+                    return
+                process = self._process
+                if process is None:
+                    raise WorkerDied("the model's process died before the request reached it")
+                pending.sent_to = process
+                process.submit(key, rendered, time.perf_counter() - pending.started)
+        except EdgeInferError as error:
+            self._end(key, "failed", error)
+        except Exception as error:  # a bug of ours must still end the request
+            self._end(key, "failed", RequestFailed(f"the request could not be made: {error!r}"))
+
+    def _render(self, request: Request) -> Request:
+        if request.messages is None:
+            return request
+        if self._renderer is None:
+            raise UnsupportedModel("this model has no chat template and none fits it")
+        prompt = self._renderer.render(
+            [message.as_template_value() for message in request.messages],
+            tools=list(request.tools) or None,
+            options=dict(request.template_options),
+        )
+        return replace(request, messages=None, tools=(), prompt=prompt)
+
+    def count_tokens(self, request: Request) -> int:
+        if request.tokens is not None:
+            return len(request.tokens)
+        self.load()
+        rendered = self._render(request)
+        process = self._process
+        assert process is not None and rendered.prompt is not None
+        return process.count_tokens(rendered.prompt)
+
+    def _cancel(self, key: int) -> None:
+        with self._lock:
+            pending = self._pending.get(key)
+            if pending is None:
+                return
+            pending.cancelled = True
+            if pending.sent_to is not None:
+                pending.sent_to.cancel(key)
+
+    # -- events, from the worker's reader thread -------------------------------------------------
+
+    def _on_event(self, key: int, event: Event) -> None:
+        with self._lock:
+            pending = self._pending.get(key)
+            if pending is None:
+                return
+            if isinstance(event, Ended):
+                del self._pending[key]
+                if event.outcome == "finished":
+                    self._deaths = 0
+                info = self._info
+                if info is not None:
+                    event.stats.timings.load_s = info.load_s
+                    event.stats.warnings[:0] = [
+                        w for w in info.warnings if w not in event.stats.warnings
+                    ]
+        pending.on_event(event)
+
+    def _on_refused(self, key: int, reason: str) -> None:
+        self._end(key, "failed", RequestFailed(reason))
+
+    def _on_death(self, process: EngineProcess, error: WorkerDied) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._deaths += 1
+            restart = False
+            if self._process is process:  # else a request found it dead first and replaced it
+                self._process = None
+                was_loaded, self._info = self._info is not None, None
+                restart = was_loaded and self._deaths <= MAX_DEATHS_IN_A_ROW
+            lost = [key for key, p in self._pending.items() if p.sent_to is process]
+        after = "; it is being started again" if restart else "; the next message starts it again"
+        for key in lost:
+            self._end(key, "failed", WorkerDied(str(error) + after))
+        if restart:
+            threading.Thread(target=self._restart, name="restart", daemon=True).start()
+
+    def _restart(self) -> None:
+        with contextlib.suppress(EdgeInferError):  # the next request loads again, and is told
+            self.load()
+
+    def _end(self, key: int, outcome: Any, error: EdgeInferError | None) -> None:
+        with self._lock:
+            pending = self._pending.pop(key, None)
+        if pending is None:
+            return
+        stats = RunStats(
+            finish_reason="cancelled" if outcome == "cancelled" else "stop",
+            backend=self._plan.command.backend if self._plan else "none",
+            model=self._plan.name if self._plan else "none",
+        )
+        kind, message = (type(error).__name__, str(error)) if error else ("", "")
+        pending.on_event(Ended(outcome, stats, kind, message))
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._load_cancelled = True
+            process, self._process = self._process, None
+            keys = list(self._pending)
+        for key in keys:
+            self._end(key, "cancelled", None)
+        if process is not None:
+            process.close()
+        self._renderers.shutdown(wait=False, cancel_futures=True)
+        self._close_renderer()
+
+    def _close_renderer(self) -> None:
+        renderer, self._renderer = self._renderer, None
+        if renderer is not None:
+            renderer.close()
+
+
+def _start_renderer(plan: OpenPlan) -> TemplateRenderer:
+    from edgeinfer_models.chat_template import TemplateRenderer
+
+    source = plan.template
+    renderer = TemplateRenderer(source.text, source.bos, source.eos)
+    renderer.start()
+    return renderer
+
+
+def _model_info(plan: OpenPlan, facts: Mapping[str, Any]) -> ModelInfo:
+    return ModelInfo(
+        name=plan.name,
+        backend=facts["backend"],
+        device=facts["device"],
+        context=facts["context"],
+        vocab_size=facts["vocab_size"],
+        kv_type_k=facts["kv_type_k"],
+        kv_type_v=facts["kv_type_v"],
+        kv_bytes_per_token=facts["kv_bytes_per_token"],
+        load_s=facts["load_s"],
+        threads=facts["threads"],
+        threads_batch=facts["threads_batch"],
+        memory=tuple((name, num_bytes) for name, num_bytes in facts["memory"]),
+        has_template=plan.template.origin == "model",
+        warnings=(*plan.warnings, *facts["warnings"]),
+    )

@@ -1,0 +1,162 @@
+"""From what a user typed to what a worker loads: MODEL, files, fit, backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.process import LoadCommand
+from edgeinfer.errors import BackendUnavailable, ModelTooLarge, UnsupportedModel, UsageError
+from edgeinfer.machine.probe import default_threads, probe_machine
+from edgeinfer.registry import backend_names, get_backend
+from edgeinfer_models.chat_template import TemplateSource
+from edgeinfer_models.resolve import ResolvedModel, resolve_model
+
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
+
+DEFAULT_CONTEXT = 4096
+MIN_CONTEXT = 32
+MAX_CONTEXT = 2**24
+MAX_SEQUENCES = 64
+DEFAULT_CACHE_BYTES = 2**30
+
+# llama.cpp's compute buffers at 512-token steps: measured 28 MB (135M) to 300 MB (8B shape)
+_COMPUTE_FLOOR = 32 * 2**20
+_COMPUTE_ROWS = 512
+
+_BACKEND_OF_FORMAT = {"gguf": "llamacpp", "scripted": "scripted"}
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open a model. None and 0 mean: choose for me."""
+
+    model: str | None = None
+    backend: str = "auto"
+    context: int | None = None
+    threads: int | None = None
+    threads_batch: int | None = None
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    flash_attention: bool = True
+    gpu_layers: int | None = None
+    sequences: int = 1
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    mmap: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UsageError naming the option."""
+        _between("--ctx", self.context, MIN_CONTEXT, MAX_CONTEXT)
+        _between("--threads", self.threads, 0, 1024)
+        _between("--threads", self.threads_batch, 0, 1024)
+        _between("--gpu-layers", self.gpu_layers, 0, 10_000)
+        _between("--parallel", self.sequences, 1, MAX_SEQUENCES)
+        _between("--cache-ram", self.cache_bytes, 0, 2**50)
+
+
+@dataclass(frozen=True)
+class OpenPlan:
+    """What to load and how, decided before anything is loaded."""
+
+    name: str
+    spec: str  # what to remember as the model used last
+    command: LoadCommand
+    template: TemplateSource
+    warnings: tuple[str, ...]
+
+
+def plan_open(
+    options: OpenOptions,
+    pull_missing: Callable[[str], None] | None = None,
+) -> OpenPlan:
+    """Resolve, check and fit a model.
+
+    pull_missing(name): fetch a catalogue model that is not here; without it, it is ModelNotFound.
+    Raises ModelError, BackendUnavailable, UsageError.
+    """
+    resolved = resolve_model(options.model, pull_missing=pull_missing)
+    backend = _choose_backend(options.backend, resolved.files.format)
+    config = resolved.config
+    warnings = list(resolved.notes)
+    context = options.context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context_trained or DEFAULT_CONTEXT)
+    elif config.context_trained and context > config.context_trained:
+        warnings.append(
+            f"--ctx {context} is more than the {config.context_trained} tokens"
+            f" {resolved.files.name} was trained on; answers may degrade past that"
+        )
+    check_fit(resolved.files.name, config, context, options)
+    decode, prefill = default_threads()
+    settings = RuntimeSettings(
+        context=context,
+        sequences=options.sequences,
+        kv_type_k=options.kv_type_k,
+        kv_type_v=options.kv_type_v,
+        flash_attention=options.flash_attention,
+        threads=options.threads or decode,
+        threads_batch=options.threads_batch or options.threads or prefill,
+        gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
+        mmap=options.mmap,
+    )
+    command = LoadCommand(backend, resolved.files, settings, options.sequences, options.cache_bytes)
+    return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
+
+
+def check_fit(name: str, config: ModelConfig, context: int, options: OpenOptions) -> None:
+    """Raises ModelTooLarge with the arithmetic if weights, KV cache and compute buffers are more than
+    the memory there is. Memory on GPUs is the backend's to judge."""
+    machine = probe_machine()
+    weights = config.weights_bytes
+    cell = config.kv_bytes_per_token(options.kv_type_k, options.kv_type_v)
+    kv = cell * context * options.sequences
+    compute = _COMPUTE_FLOOR + _COMPUTE_ROWS * 4 * max(config.hidden_size * 8, config.intermediate_size)
+    need = weights + kv + compute
+    if need <= machine.available_bytes:
+        return
+    room = machine.available_bytes - weights - compute
+    advice = "use a smaller or more strongly quantized model"
+    if cell and room // cell >= MIN_CONTEXT:
+        advice = f"--ctx {room // cell // options.sequences // 32 * 32} would fit"
+    raise ModelTooLarge(
+        f"{name} needs {_size(need)} (weights {_size(weights)} + KV cache {_size(kv)} for {context}"
+        f" tokens + compute {_size(compute)}) and {_size(machine.available_bytes)} of"
+        f" {_size(machine.total_bytes)} memory is free; {advice}"
+    )
+
+
+def _choose_backend(wanted: str, model_format: str) -> str:
+    if wanted == "auto":
+        wanted = _BACKEND_OF_FORMAT.get(model_format, "")
+        if not wanted:
+            raise UnsupportedModel(f"no backend here opens {model_format} models yet; use a GGUF file")
+    if wanted not in backend_names():
+        raise BackendUnavailable(
+            f"there is no backend {wanted!r}; installed: {', '.join(backend_names())}"
+        )
+    backend = get_backend(wanted)
+    if model_format not in backend.formats:
+        raise UsageError(
+            f"backend {wanted} opens {', '.join(backend.formats)} models, not {model_format};"
+            " leave --backend out to have one chosen"
+        )
+    return wanted
+
+
+def _between(option: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"{option} {value} is outside [{low}, {high}]")
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 10 * 2**30:
+        return f"{num_bytes / 2**30:.0f} GiB"
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{max(0, num_bytes) / 2**20:.0f} MiB"
+
+
+__all__ = ["OpenOptions", "OpenPlan", "ResolvedModel", "check_fit", "plan_open"]

@@ -1,0 +1,153 @@
+"""From what a user typed to a checked model: a name, a file, a folder, or nothing at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from edgeinfer.errors import ModelError, ModelFileInvalid, ModelNotFound, UnsupportedModel
+from edgeinfer_models.catalogue import CATALOGUE, STARTER, suggestion
+from edgeinfer_models.chat_template import TemplateSource, template_of
+from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_hf
+from edgeinfer_models.gguf_header import GgufHeader
+from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
+from edgeinfer_models.model_files import ModelFiles
+from edgeinfer_models.safetensors_header import read_safetensors_header
+from edgeinfer_models.store import InstalledModel, find_model, last_used, list_models
+
+Origin = Literal["catalogue", "file", "folder"]
+PullMissing = Callable[[str], object]  # given a catalogue name; installs it or raises
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    spec: str  # what to give to `store.record_last_used`: a name or an absolute path
+    files: ModelFiles
+    config: ModelConfig
+    header: GgufHeader | None
+    template: TemplateSource
+    origin: Origin
+    installed: InstalledModel | None = None
+    notes: tuple[str, ...] = ()  # what the user should know about the choice, one line each
+
+
+def resolve_model(spec: str | None, *, pull_missing: PullMissing | None = None) -> ResolvedModel:
+    """Find a model, check its files, and say what it is.
+
+    spec: MODEL of the command line; None for the last one used, else the starter. A name wins over a
+    file of that name (`./smollm2` is the file). pull_missing: called with the name of a catalogue model
+    that is not installed. Raises ModelError's subclasses, one line each.
+    """
+    if spec is None:
+        return _resolve_default(pull_missing)
+    if not spec.strip():
+        raise ModelNotFound("the model's name is empty; `edgeinfer models list` shows what there is")
+    if spec.startswith("hf:"):
+        raise UnsupportedModel(
+            f"{spec}: models from the Hugging Face hub are not in this version yet;"
+            " download the .gguf file and give its path"
+        )
+    installed = find_model(spec)
+    if installed is not None:
+        return _from_store(installed)
+    if spec in CATALOGUE:
+        if pull_missing is None:
+            raise ModelNotFound(f"model '{spec}' is not installed; run `edgeinfer models pull {spec}`")
+        pull_missing(spec)
+        installed = find_model(spec)
+        if installed is None:
+            raise ModelNotFound(f"model '{spec}' is not installed although it was pulled; pull it again")
+        return _from_store(installed)
+    return _from_path(spec)
+
+
+def _resolve_default(pull_missing: PullMissing | None) -> ResolvedModel:
+    remembered = last_used()
+    if remembered is None or remembered == STARTER:
+        return resolve_model(STARTER, pull_missing=pull_missing)
+    try:
+        return resolve_model(remembered, pull_missing=pull_missing)
+    except ModelError as error:
+        note = f"the model used last cannot be used ({error}); taking {STARTER} instead"
+        starter = resolve_model(STARTER, pull_missing=pull_missing)
+        return replace(starter, notes=(note, *starter.notes))
+
+
+def _from_store(installed: InstalledModel) -> ResolvedModel:
+    model = _from_gguf(installed.path, installed.name, "catalogue")
+    files = replace(model.files, digest=installed.manifest.sha256)
+    return replace(model, spec=installed.name, files=files, installed=installed)
+
+
+def _from_path(spec: str) -> ResolvedModel:
+    try:
+        path = Path(spec).expanduser()
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise _not_found(spec) from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a zero byte; no home for ~
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelNotFound(f"{spec}: cannot be opened ({reason}); check the path") from None
+    if stat.S_ISDIR(mode):
+        return _from_folder(path)
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if path.name.endswith(".safetensors"):
+            read_safetensors_header(path)
+        raise _safetensors_later(path)
+    return _from_gguf(path, path.stem, "file")
+
+
+def _from_folder(folder: Path) -> ResolvedModel:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ModelFileInvalid(
+            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from None
+    found = [folder / name for name in names if name.endswith(".gguf") and not name.startswith(".")]
+    candidates = [p for p in found if not is_later_shard(p) and not p.name.startswith("mmproj")]
+    if len(candidates) == 1:
+        return _from_gguf(candidates[0], folder.resolve().name, "folder")
+    if candidates:
+        some = ", ".join(p.name for p in candidates[:4]) + (", …" if len(candidates) > 4 else "")
+        raise ModelNotFound(
+            f"{folder}: has {len(candidates)} GGUF models ({some}); give the path of one"
+        )
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        config_from_hf(folder)
+        raise _safetensors_later(folder)
+    raise ModelNotFound(f"{folder}: has no .gguf model in it; give a model file or a folder with one")
+
+
+def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
+    header = read_gguf_model(path)
+    config = config_from_gguf(header)
+    files = ModelFiles(name, header.shards, "gguf")
+    return ResolvedModel(
+        spec=str(path.absolute()),
+        files=files,
+        config=config,
+        header=header,
+        template=template_of(header),
+        origin=origin,
+    )
+
+
+def _safetensors_later(path: Path) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path}: safetensors weights cannot be run in this version (their conversion comes with"
+        " `edgeinfer quantize`); use a .gguf of this model"
+    )
+
+
+def _not_found(spec: str) -> ModelNotFound:
+    if os.sep in spec or spec.endswith((".gguf", ".safetensors")) or spec.startswith(("~", ".")):
+        return ModelNotFound(f"{spec}: no such file or folder; check the path")
+    known = {*CATALOGUE, *(model.name for model in list_models().models)}
+    return ModelNotFound(
+        f"'{spec}' is neither a model's name nor a file{suggestion(spec, sorted(known))}"
+    )

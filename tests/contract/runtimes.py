@@ -1,0 +1,53 @@
+"""The runtimes that the contract is tested on. A new backend is one more line in RUNTIMES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeinfer.backend import Backend, RuntimeSettings
+from edgeinfer.registry import get_backend
+from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
+from edgeinfer_models.model_files import ModelFiles
+from tests.contract.checked_runtime import CheckedRuntime
+
+SETTINGS = RuntimeSettings(
+    context=1024, sequences=3, step_tokens=512, logit_rows=64, threads=1, threads_batch=2, gpu_layers=0
+)
+
+
+@dataclass(frozen=True)
+class RuntimeFactory:
+    """A backend and a small model for it. The model's file is made when it is first needed."""
+
+    name: str
+    find_backend: Callable[[], Backend]
+    make_files: Callable[[Path], ModelFiles]
+
+    def load(self, folder: Path, settings: RuntimeSettings) -> CheckedRuntime:
+        runtime = self.find_backend().load(self.make_files(folder), settings, lambda done: True)
+        return CheckedRuntime(runtime)
+
+
+def _tiny_gguf(folder: Path) -> ModelFiles:
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    path = folder / "tiny.gguf"
+    if not path.exists():
+        # Quantized weights: with F16 and F32 ones another matrix kernel runs for one row than for
+        # several, and bits differ (1e-6 of F32, 3e-3 of F16 logits).
+        write_tiny_gguf(path, weight_type="Q4_0")
+    return ModelFiles(name="tiny", paths=(path,), format="gguf")
+
+
+def _scripted(script: Script) -> RuntimeFactory:
+    name = "scripted" if script.kv_layout == "shared" else f"scripted-{script.kv_layout}"
+    return RuntimeFactory(name, lambda: ScriptedBackend(script), lambda folder: SCRIPTED_FILES)
+
+
+RUNTIMES = (
+    _scripted(Script()),
+    _scripted(Script(kv_layout="private")),
+    RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf),
+)

@@ -1,0 +1,244 @@
+"""The contract of what a runtime says about itself, of its tokenizer, embeddings and end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.errors import EdgeInferError, LoadFailed, OutOfCells
+from edgeinfer_models.model_files import ModelFiles
+from tests.contract.checked_runtime import CheckedRuntime
+from tests.contract.driving import (
+    CHUNK,
+    feed,
+    opened,
+    ordinary_tokens,
+    require,
+    some_tokens,
+    unchanged,
+)
+from tests.contract.runtimes import RuntimeFactory
+
+Load = Callable[..., CheckedRuntime]
+
+TEXTS = (
+    "hello world",
+    "The answer is 42.",
+    "two\nlines\n\n\tand a tab",
+    "  spaces  inside  ",
+    "naïve café Ünïcödé",
+    "日本語のテキスト",
+    "smile 😀 and 👩‍👩‍👧‍👦 families",
+    "a" * 500,
+    "\u0000 zero",
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+# -- facts -----------------------------------------------------------------------------------------
+
+
+def test_facts_agree_with_what_was_asked_for(load: Load) -> None:
+    facts = load(context=512, sequences=2, step_tokens=256, logit_rows=32).facts
+    assert facts.context >= 512
+    assert facts.cells >= 2 * 512
+    assert facts.max_sequences >= 2
+    assert facts.max_step_tokens >= 256
+    assert facts.max_logit_rows >= 32
+    assert 1 <= facts.stable_chunk_tokens <= CHUNK
+    assert facts.vocab_size > 0
+    assert facts.embedding_size > 0
+    assert facts.context_trained >= 0
+    assert facts.kv_bytes_per_token > 0
+    assert facts.kv_layout in ("shared", "private")
+    assert facts.threads >= 1
+    assert facts.threads_batch >= 1
+    assert facts.device
+
+
+def test_a_fresh_runtime_has_all_its_cells_free(runtime: CheckedRuntime) -> None:
+    assert runtime.free_cells() == runtime.facts.cells
+
+
+def test_memory_items_are_positive_and_the_kv_cache_adds_up(runtime: CheckedRuntime) -> None:
+    items = runtime.memory()
+    assert all(item.num_bytes > 0 and item.name and item.device for item in items)
+    (kv,) = [item for item in items if item.name == "kv cache"]
+    assert kv.num_bytes >= runtime.facts.cells * runtime.facts.kv_bytes_per_token
+    assert any(item.name == "weights" for item in items)
+
+
+def test_an_identity_is_text_and_names_what_decides(load: Load) -> None:
+    runtime = load()
+    identity = dict(runtime.identity())
+    assert identity
+    assert all(isinstance(k, str) and isinstance(v, str) for k, v in identity.items())
+    opened(runtime, some_tokens(runtime, 5))
+    assert dict(runtime.identity()) == identity
+    assert dict(load().identity()) == identity
+
+
+def test_a_probe_says_what_it_found(factory: RuntimeFactory) -> None:
+    found = factory.find_backend().probe()
+    assert found.usable
+    assert found.reason == ""
+    assert found.version
+    assert found.devices
+
+
+def test_a_cancelled_load_says_so(factory: RuntimeFactory, model_folder: Path) -> None:
+    backend = factory.find_backend()
+    with pytest.raises(LoadFailed, match="cancel"):
+        backend.load(
+            factory.make_files(model_folder), RuntimeSettings(context=256), lambda done: False
+        )
+
+
+def test_progress_rises_to_one(factory: RuntimeFactory, model_folder: Path) -> None:
+    seen: list[float] = []
+
+    def progress(done: float) -> bool:
+        seen.append(done)
+        return True
+
+    files = factory.make_files(model_folder)
+    factory.find_backend().load(files, RuntimeSettings(context=256), progress).close()
+    assert seen == sorted(seen)
+    assert all(0.0 <= done <= 1.0 for done in seen)
+    assert seen[-1] == 1.0
+
+
+def test_a_file_that_is_not_there_is_one_clear_line(factory: RuntimeFactory, tmp_path: Path) -> None:
+    backend = factory.find_backend()
+    files = ModelFiles(name="gone", paths=(tmp_path / "gone.model",), format=backend.formats[0])  # type: ignore[arg-type]
+    with pytest.raises(EdgeInferError, match="gone"):
+        backend.load(files, RuntimeSettings(context=256), lambda done: True)
+
+
+# -- tokenizer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_encoding_and_decoding(runtime: CheckedRuntime, text: str) -> None:
+    tokenizer = runtime.tokenizer
+    tokens = tokenizer.encode(text, add_special=False, parse_special=False)
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.decode(tokens) == text
+    assert b"".join(tokenizer.piece(token) for token in tokens).decode() == text
+
+
+def test_no_text_is_no_tokens(runtime: CheckedRuntime) -> None:
+    assert runtime.tokenizer.encode("", add_special=False, parse_special=True) == []
+    assert runtime.tokenizer.decode([]) == ""
+
+
+def test_special_text_is_only_special_where_it_is_parsed(runtime: CheckedRuntime) -> None:
+    tokenizer = runtime.tokenizer
+    text = "".join(f"{special}user" for special in SPECIAL)
+    plain = tokenizer.encode(text, add_special=False, parse_special=False)
+    assert not any(tokenizer.is_control(token) for token in plain)
+    assert tokenizer.decode(plain) == text
+    parsed = tokenizer.encode(text, add_special=False, parse_special=True)
+    control = [token for token in parsed if tokenizer.is_control(token)]
+    assert [tokenizer.text(token) for token in control] == list(SPECIAL)
+    assert tokenizer.decode(parsed) == "useruser"
+    assert [tokenizer.piece(token) for token in control] == [b"", b""]
+
+
+def test_special_tokens_are_added_where_the_model_expects_them(runtime: CheckedRuntime) -> None:
+    tokenizer = runtime.tokenizer
+    plain = tokenizer.encode("hello", add_special=False, parse_special=False)
+    full = tokenizer.encode("hello", add_special=True, parse_special=False)
+    assert (full[0] == tokenizer.bos and full[1:] == plain) if tokenizer.adds_bos else full == plain
+
+
+def test_the_tokenizer_knows_the_ends_of_a_turn(runtime: CheckedRuntime) -> None:
+    tokenizer = runtime.tokenizer
+    assert tokenizer.vocab_size == runtime.facts.vocab_size
+    assert tokenizer.eos is not None
+    assert tokenizer.is_end(tokenizer.eos)
+    assert not any(tokenizer.is_end(token) for token in ordinary_tokens(runtime))
+    for token in (tokenizer.bos, tokenizer.eos):
+        assert token is None or tokenizer.is_control(token)
+
+
+def test_every_token_has_a_piece_and_a_text(runtime: CheckedRuntime) -> None:
+    tokenizer = runtime.tokenizer
+    for token in range(tokenizer.vocab_size):
+        assert tokenizer.text(token) != "" or tokenizer.piece(token) == b""
+        if tokenizer.is_control(token):
+            assert tokenizer.piece(token) == b""
+
+
+def test_half_a_character_becomes_a_replacement_character(runtime: CheckedRuntime) -> None:
+    tokenizer = runtime.tokenizer
+    tokens = tokenizer.encode("😀", add_special=False, parse_special=False)
+    assert len(tokens) > 1, "the vocabulary should hold the smiley in pieces"
+    assert "\ufffd" in tokenizer.decode(tokens[:-1])
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_a_unit_vector_that_repeats(runtime: CheckedRuntime) -> None:
+    require(runtime, "embeddings")
+    tokens = some_tokens(runtime, 20)
+    vector = runtime.embed(tokens)
+    assert len(vector) == runtime.facts.embedding_size
+    assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-4)
+    assert runtime.embed(tokens) == vector
+    assert runtime.embed(tokens[:1]) != vector
+    other = runtime.embed(some_tokens(runtime, 20, seed=1))
+    assert other != vector
+    assert runtime.embed(tokens) == vector
+
+
+def test_embedding_leaves_the_sequences_as_they_were(runtime: CheckedRuntime) -> None:
+    require(runtime, "embeddings")
+    sequence = opened(runtime, some_tokens(runtime, CHUNK))
+    with unchanged(runtime, sequence):
+        runtime.embed(some_tokens(runtime, 30))
+    feed(runtime, sequence, some_tokens(runtime, 3))
+    assert runtime.is_in_order(sequence)
+
+
+def test_what_cannot_be_embedded_is_refused(runtime: CheckedRuntime) -> None:
+    require(runtime, "embeddings")
+    sequence = opened(runtime, some_tokens(runtime, CHUNK))
+    with unchanged(runtime, sequence):
+        for tokens in ([], [-1], [runtime.facts.vocab_size]):
+            with pytest.raises(ValueError):
+                runtime.embed(tokens)
+        with pytest.raises((ValueError, OutOfCells)):
+            runtime.embed([1] * (runtime.facts.cells + 1))
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+def test_closing_twice_is_harmless(load: Load) -> None:
+    runtime = load()
+    opened(runtime, some_tokens(runtime, 5))
+    runtime.close()
+    runtime.close()
+
+
+def test_runtimes_come_and_go(load: Load) -> None:
+    tokens = None
+    for _ in range(5):
+        runtime = load(context=256, sequences=1)
+        tokens = tokens or some_tokens(runtime, 20)
+        feed(runtime, runtime.open(), tokens)
+        runtime.close()
+
+
+def test_two_runtimes_live_side_by_side(load: Load) -> None:
+    one, other = load(), load()
+    mine, theirs = (opened(r, some_tokens(r, CHUNK)) for r in (one, other))
+    with unchanged(one, mine):
+        feed(other, theirs, some_tokens(other, 5))
+        other.close()
