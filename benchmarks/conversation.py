@@ -10,7 +10,12 @@ from edgeinfer.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
-_WORDS = ["the", "river", "carries", "sand", "from", "the", "hills", "to", "the", "sea", "and", "every", "spring", "it", "leaves", "a", "little", "more", "of", "it", "on", "the", "fields", "where", "people", "have", "grown", "wheat", "and", "beans", "since", "before", "anybody", "wrote", "down", "who", "owned", "them", "one", "year", "the", "water", "came", "late", "so", "they", "dug", "a", "channel", "and", "the", "channel", "is", "still", "there"]
+_TEXT = (
+    "the river carries sand from the hills to the sea and every spring it leaves a little more of it on"
+    " the fields where people have grown wheat and beans since before anybody wrote down who owned them"
+    " one year the water came late so they dug a channel and the channel is still there"
+)
+_WORDS = tuple(_TEXT.split())
 
 
 def random_tokens(vocab_size: int, count: int, seed: int) -> tuple[int, ...]:

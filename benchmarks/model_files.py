@@ -1,4 +1,4 @@
-"""The models the bars run: the starter, its Q4_0 form made by the peer, Gemma 3 from its PyPI packages."""
+"""The models the bars run: the starter, its Q4_0 form made by the peer, Gemma 3 from its packages."""
 
 from __future__ import annotations
 

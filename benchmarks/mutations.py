@@ -8,8 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # Sizes that break arithmetic: signs, wrap-arounds of 32 and 64 bits, and one step past what is there.
-AWKWARD = (0, 1, 2, 31, 0x7F, 0xFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 32, 1 << 40)
-AWKWARD += ((1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1)
+_POWERS = (32, 40, 62, 63)
+AWKWARD = (
+    *(0, 1, 2, 31, 0x7F, 0xFF, 0x7FFF_FFFF, 0x8000_0000),
+    *(1 << power for power in _POWERS),
+    *((1 << power) - 1 for power in (*_POWERS, 64)),
+    (1 << 64) - 32,
+)
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
@@ -43,26 +48,29 @@ def layout(data: bytes) -> Layout:
         at += size
         return value
 
-    def skip_value(kind: int) -> None:
+    def skip(num_bytes: int) -> None:
         nonlocal at
+        at += num_bytes
+
+    def skip_value(kind: int) -> None:
         if kind == _STRING:
-            at += number("string length", 8)
+            skip(number("string length", 8))
         elif kind == _ARRAY:
             element = number("array type", 4)
             count = number("array length", 8)
             if element in _SIZES:
-                at += count * _SIZES[element]
+                skip(count * _SIZES[element])
             else:
                 for _ in range(count):
-                    at += number("array string length", 8)
+                    skip(number("array string length", 8))
         else:
             number("value", _SIZES[kind])
 
     for _ in range(keys):
-        at += number("key length", 8)
+        skip(number("key length", 8))
         skip_value(number("value type", 4))
     for _ in range(tensors):
-        at += number("tensor name length", 8)
+        skip(number("tensor name length", 8))
         for _ in range(number("tensor dimensions", 4)):
             number("tensor dimension", 8)
         number("tensor type", 4)

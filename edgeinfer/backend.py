@@ -206,7 +206,8 @@ class Runtime(ABC):
         """
 
     def abort(self) -> None:
-        """Interrupt the running step; safe from another thread. Needs `can.abort`."""
+        """Interrupt the step that is running; without one, nothing happens. Safe from another thread.
+        Never interrupts a KV operation. Needs `can.abort`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -225,7 +226,8 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def set_threads(self, threads: int, threads_batch: int) -> None: ...
+    def set_threads(self, threads: int, threads_batch: int) -> None:
+        """For decoding and for prefill; 0: those of the load."""
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
         """The text's embedding: shape (embedding_size,), mean-pooled unless the model says otherwise,

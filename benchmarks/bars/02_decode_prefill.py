@@ -91,8 +91,9 @@ def measure(bar: Bar) -> None:
         bar.say(comparison_table(comparisons))
         bar.details[f"threads {threads}"] = [c.as_json() for c in comparisons]
         for c in comparisons:
-            what = f"{c.metric} at {threads} threads: {c.ratio.median:.3f} of llama-bench's >= {LEAST_RATIO}"
-            bar.require(what, c.ratio.median >= LEAST_RATIO and rounds >= MIN_ROUNDS)
+            ratio = c.ratio.median
+            what = f"{c.metric}, {threads} threads: {ratio:.3f} of llama-bench's >= {LEAST_RATIO}"
+            bar.require(what, ratio >= LEAST_RATIO and rounds >= MIN_ROUNDS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -30,9 +30,10 @@ def measure(bar: Bar) -> None:
         after = (*chat, Message("assistant", first.text), Message("user", "Say it in three words."))
         second = client.start(Request(messages=after, max_tokens=24, sampling=GREEDY)).result().stats
     for name, stats in (("first", first), ("second", second)):
+        usage, timings = stats.usage, stats.timings
         bar.say(
-            f"  {name} turn: {stats.usage.prompt_tokens} prompt tokens, {stats.usage.cached_tokens} cached,"
-            f" TTFT {stats.timings.ttft_s:.2f} s, {stats.timings.decode_tok_s:.0f} tok/s: {stats.text[:60]!r}"
+            f"  {name} turn: {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached, TTFT"
+            f" {timings.ttft_s:.2f} s, {timings.decode_tok_s:.0f} tok/s: {stats.text[:60]!r}"
         )
     bar.require(
         "answers beyond its sliding window",

@@ -1,4 +1,4 @@
-"""Peak resident memory of `edgeinfer run --ctx 2048`, all its processes added up, against llama-cli's."""
+"""Peak memory of `edgeinfer run --ctx 2048`, all its processes added up, against llama-cli's."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def measure(bar: Bar) -> None:
             if run.exit_code != 0:
                 raise PeerError(f"{name} ended with {run.exit_code}: {run.stderr.strip()[-200:]}")
             if name == "edgeinfer":
+                processes.clear()
                 processes.update({f"{run.peak.names[p]} {p}": b / MB for p, b in run.peak.peaks.items()})
             return {"VmHWM, MB": run.peak.total / MB, "PSS, MB (for information)": run.peak.pss / MB}
 
@@ -42,6 +43,8 @@ def measure(bar: Bar) -> None:
     )
     bar.say(comparison_table(comparisons))
     bar.details["comparisons"] = [c.as_json() for c in comparisons]
+    for name, megabytes in processes.items():
+        bar.say(f"  edgeinfer's process {name}: {megabytes:.1f} MB")
     bar.details["edgeinfer_processes_mb"] = processes
     resident = comparisons[0]
     above = Spread.of(resident.a).median - Spread.of(resident.b).median

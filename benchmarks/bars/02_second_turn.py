@@ -21,19 +21,8 @@ def measure(bar: Bar) -> None:
     from benchmarks.model_files import starter
 
     model = bar.options.model or str(starter())
-    rows = [
-        (
-            "round",
-            "prompt",
-            "second prompt",
-            "cached",
-            "to prefill",
-            "new",
-            "TTFT 1, s",
-            "TTFT 2, s",
-            "ratio",
-        )
-    ]
+    head = "round", "prompt", "second prompt", "cached", "to prefill", "new", "TTFT 1", "TTFT 2", "ratio"
+    rows: list[tuple[str, ...]] = [head]
     ratios, excess = [], []
     with LocalClient(OpenOptions(model=model, context=4096)) as client:
         client.load()

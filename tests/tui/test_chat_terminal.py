@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ class Terminal:
     @property
     def last_words(self) -> list[str]:
         """The lines printed after the main screen came back."""
-        after = self.seen.rpartition("\x1b[?1004l")[2]
+        after = re.sub(r"\x1b\[[?<>\d;]*[a-z]", "", self.seen.rpartition("\x1b[?1049l")[2])
         return [line for line in after.splitlines() if line.strip()]
 
 

@@ -113,7 +113,7 @@ class ChatScreen(Screen[None]):
         self._figures.asked(answer.started_at)
         self.refresh_bindings()
 
-    async def _tick(self) -> None:
+    def _tick(self) -> None:
         if not self.is_attached or not self._conversation.is_attached:
             return  # on the way out
         self._ticks += 1
@@ -122,11 +122,11 @@ class ChatScreen(Screen[None]):
             self._figures.load_percent = round(100 * fraction)
             self._load_view.show_progress(what, fraction)
         if self._chat.running is not None and self._answer_view is not None:
-            await self._show_arrived(self._chat.running, self._answer_view)
+            self._show_arrived(self._chat.running, self._answer_view)
         if self._ticks % _TICKS_PER_FIGURES == 0 or self._chat.running is None:
             self._status.show(self._figures)
 
-    async def _show_arrived(self, answer: Answer, view: AnswerView) -> None:
+    def _show_arrived(self, answer: Answer, view: AnswerView) -> None:
         arrived = answer.drain()
         pieces = []
         ended: Ended | None = None
@@ -138,7 +138,7 @@ class ChatScreen(Screen[None]):
                 ended = event
         if text := "".join(pieces):
             answer.turn.answer += text
-            await view.append(text)
+            view.append(text)
         elif arrived and not answer.turn.answer:
             view.show_activity(_activity(self._figures))
         if ended is not None:

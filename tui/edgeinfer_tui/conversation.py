@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import time
 
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Markdown, Static
-from textual.widgets.markdown import MarkdownStream
+from textual.worker import Worker, WorkerError
 
 from edgeinfer.errors import one_line
 from edgeinfer_tui.markdown import chat_parser
@@ -49,7 +52,8 @@ class AnswerView(Vertical):
         super().__init__()
         self._markdown = Markdown(parser_factory=chat_parser, open_links=False)
         self._activity = Static("", markup=False, classes="activity")
-        self._stream: MarkdownStream | None = None
+        self._unshown: list[str] = []
+        self._showing: Worker[None] | None = None
 
     def compose(self) -> ComposeResult:
         yield self._activity
@@ -64,19 +68,32 @@ class AnswerView(Vertical):
         self._activity.display = bool(text)
         self._activity.update(text)
 
-    async def append(self, text: str) -> None:
-        """Show more of the answer, at once or as soon as the last addition is on the screen."""
-        if self._stream is None:
-            self.show_activity("")
-            self._stream = Markdown.get_stream(self._markdown)
-        await self._stream.write(neutralise(text))
+    def append(self, text: str) -> None:
+        """Show more of the answer, as soon as the last addition is on the screen.
+
+        As Textual's MarkdownStream does, but bound to this widget (its task ends when the widget is
+        removed) and at most half of the time at work, so that keys are never behind."""
+        self.show_activity("")
+        self._unshown.append(neutralise(text))
+        if self._showing is None or self._showing.is_finished:
+            self._showing = self.run_worker(self._show(), group="show", exit_on_error=False)
+
+    async def _show(self) -> None:
+        while self._unshown:
+            more = "".join(self._unshown)
+            self._unshown.clear()
+            started = time.monotonic()
+            await self._markdown.append(more)
+            await asyncio.sleep(time.monotonic() - started)
 
     async def finish(self, text: str) -> None:
         """Show the whole answer anew: after appends alone, a code fence may stay blank (oterm#308)."""
         self.show_activity("")
         try:
-            if self._stream is not None:
-                await self._stream.stop()
+            self._unshown.clear()
+            if self._showing is not None:
+                with contextlib.suppress(WorkerError):
+                    await self._showing.wait()
             if self.is_attached:
                 await self._markdown.update(neutralise(text))
         except Exception:

@@ -38,7 +38,8 @@ class LoadView(Vertical):
         self.query_one("#load-what", Static).update(one_line(error))
 
     def focus_retry(self) -> None:
-        self.query_one("#load-retry", Button).focus()
+        # Only after the refresh that shows the button: what is hidden takes no focus.
+        self.call_after_refresh(self.query_one("#load-retry", Button).focus)
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         event.stop()

@@ -43,22 +43,19 @@ def run_chat(
         overflow=overflow,
         model_label=model_label,
     )
-    crash: BaseException | None = None
+    crash: Exception | None = None
     with contextlib.closing(client):
-        loop = asyncio.new_event_loop()
+        runner = asyncio.Runner()
 
         def leave(code: int) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: so has the app
-                loop.call_soon_threadsafe(app.leave, code)
+                runner.get_loop().call_soon_threadsafe(app.leave, code)
 
-        guard = TerminalGuard(leave, client.close)
         try:
-            with guard:
-                app.run(loop=loop)
-        except (Exception, KeyboardInterrupt) as error:
+            with TerminalGuard(leave, client.close), runner:
+                runner.run(app.run_async())
+        except Exception as error:
             crash = error
-        finally:
-            loop.close()
     crash = crash or app.crash
     if crash is not None:
         if debug:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,8 @@ class LlamaCppRuntime(Runtime):
         self._ctx = native.context
         self._memory = native.memory
         self._closed = False
+        self._abort_lock = threading.Lock()
+        self._abortable = False
         self._tokenizer = LlamaTokenizer(native.vocab)
         self._vocab_size = self._tokenizer.vocab_size
         self._max_sequences = sequences
@@ -102,6 +105,10 @@ class LlamaCppRuntime(Runtime):
         except BaseException:
             self.close()
             raise
+        self._default_threads = (
+            lib.llama_n_threads(self._ctx),
+            lib.llama_n_threads_batch(self._ctx),
+        )
         self._facts = RuntimeFacts(
             backend="llamacpp",
             device=_device_name(lib, settings),
@@ -118,8 +125,8 @@ class LlamaCppRuntime(Runtime):
             kv_type_v=settings.kv_type_v,
             kv_bytes_per_token=cell_bytes,
             kv_layout="shared",
-            threads=lib.llama_n_threads(self._ctx),
-            threads_batch=lib.llama_n_threads_batch(self._ctx),
+            threads=self._default_threads[0],
+            threads_batch=self._default_threads[1],
             can=Capabilities(
                 rewind=True,
                 evict=bool(lib.llama_memory_can_shift(self._memory)),
@@ -169,7 +176,9 @@ class LlamaCppRuntime(Runtime):
         padding = min(step.padding, self._table.room() - total, self._step_tokens - total)
         self._fill(step, padding)
         self._row_to_batch = rows
+        self._set_abortable(True)
         code = self._decode(total + padding)
+        self._set_abortable(False)
         if padding:
             # the dummies' cells are the topmost: they are given back and the head follows
             self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
@@ -249,14 +258,19 @@ class LlamaCppRuntime(Runtime):
         self._batch.n_tokens = num_tokens
         # LLAMA_API int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch)
         code: int = self._lib.llama_decode(self._ctx, self._batch)
-        self._native.abort_flag[0] = b"\0"
         return code
 
     def abort(self) -> None:
-        self._native.abort_flag[0] = b"\1"
+        with self._abort_lock:
+            if self._abortable:
+                self._native.abort_flag[0] = b"\1"
 
-    def clear_abort(self) -> None:
-        self._native.abort_flag[0] = b"\0"
+    def _set_abortable(self, abortable: bool) -> None:
+        # The lock keeps an abort that arrives late out of the next decode: interrupting the one that
+        # computes a shift leaves a wrong cache without an error (measured: KL 1.3).
+        with self._abort_lock:
+            self._abortable = abortable
+            self._native.abort_flag[0] = b"\0"
 
     def logits(self, row: int) -> Logits:
         if not 0 <= row < len(self._row_to_batch):
@@ -317,8 +331,10 @@ class LlamaCppRuntime(Runtime):
         return token
 
     def set_threads(self, threads: int, threads_batch: int) -> None:
-        if threads < 1 or threads_batch < 1:
-            raise ValueError("thread counts must be at least 1")
+        if threads < 0 or threads_batch < 0:
+            raise ValueError("thread counts must be at least 1, or 0 for those of the load")
+        threads = threads or self._default_threads[0]
+        threads_batch = threads_batch or self._default_threads[1]
         self._lib.llama_set_n_threads(self._ctx, threads, threads_batch)
         self._facts = replace(self._facts, threads=threads, threads_batch=threads_batch)
 
@@ -340,8 +356,6 @@ class LlamaCppRuntime(Runtime):
                     self._batch_logits[index] = 1
                     self._batch_seq[index][0] = self._scratch
                 code = self._decode(len(part))
-                if code == 2:
-                    raise StepAborted("the embedding was interrupted")
                 if code != 0:
                     raise StepFailed(f"llama.cpp failed on an embedding (code {code})")
                 for index in range(len(part)):
@@ -429,7 +443,6 @@ class LlamaCppRuntime(Runtime):
         self._batch_logits[0] = 0
         self._batch_seq[0][0] = self._scratch
         self._row_to_batch = []
-        self._native.abort_flag[0] = b"\0"  # an abort between shift and retry corrupts (KL 1.3)
         code = self._decode(1)
         self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         if guarded:

@@ -1,0 +1,45 @@
+"""Importing edgeinfer is cheap: no framework, and nothing that only one surface needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = (
+    "coremltools",
+    "fastapi",
+    "gguf",
+    "jinja2",
+    "llama_cpp",
+    "mlx",
+    "numpy",
+    "textual",
+    "torch",
+    "transformers",
+)
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after the import."""
+    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["edgeinfer", "edgeinfer.cli", "edgeinfer.client", "edgeinfer.backend"])
+def test_importing_it_loads_no_framework(module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not built yet")
+    assert loaded_by(module) & set(HEAVY) == set()
+
+
+def test_the_check_sees_what_is_loaded() -> None:
+    assert {"numpy", "edgeinfer"} <= loaded_by("edgeinfer_backends.scripted")
+
+
+@pytest.mark.parametrize("backend", ["edgeinfer_backends.llamacpp", "edgeinfer_backends.scripted"])
+def test_importing_a_backend_does_not_load_its_framework(backend: str) -> None:
+    assert loaded_by(backend) & {"coremltools", "llama_cpp", "mlx", "torch"} == set()
