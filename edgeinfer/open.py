@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import RuntimeSettings
@@ -11,7 +12,8 @@ from edgeinfer.engine.process import LoadCommand
 from edgeinfer.errors import BackendUnavailable, ModelTooLarge, UnsupportedModel, UsageError
 from edgeinfer.machine.probe import default_threads, probe_machine
 from edgeinfer.registry import backend_names, get_backend
-from edgeinfer_models.chat_template import TemplateSource
+from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
+from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.resolve import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class OpenPlan:
     """What to load and how, decided before anything is loaded."""
 
     name: str
-    spec: str  # what to remember as the model used last
+    spec: str  # what to remember as the model used last; "": nothing
     command: LoadCommand
     template: TemplateSource
     warnings: tuple[str, ...]
@@ -77,6 +79,8 @@ def plan_open(
     pull_missing(name): fetch a catalogue model that is not here; without it, it is ModelNotFound.
     Raises ModelError, BackendUnavailable, UsageError.
     """
+    if options.backend == "scripted":
+        return _plan_scripted(options)
     resolved = resolve_model(options.model, pull_missing=pull_missing)
     backend = _choose_backend(options.backend, resolved.files.format)
     config = resolved.config
@@ -90,6 +94,11 @@ def plan_open(
             f" {resolved.files.name} was trained on; answers may degrade past that"
         )
     check_fit(resolved.files.name, config, context, options)
+    if resolved.template.origin == "fallback":
+        warnings.append(
+            f"{resolved.files.name} has no chat template; the '{resolved.template.name}' form is used,"
+            " which it may not have been trained on"
+        )
     decode, prefill = default_threads()
     settings = RuntimeSettings(
         context=context,
@@ -104,6 +113,21 @@ def plan_open(
     )
     command = LoadCommand(backend, resolved.files, settings, options.sequences, options.cache_bytes)
     return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
+
+
+def _plan_scripted(options: OpenOptions) -> OpenPlan:
+    """MODEL is a script (JSON) or left out: for tests, ours and other people's."""
+    paths = () if options.model is None else (Path(options.model),)
+    files = ModelFiles(paths[0].stem if paths else "scripted", paths, "scripted")
+    settings = RuntimeSettings(
+        context=options.context or DEFAULT_CONTEXT,
+        sequences=options.sequences,
+        kv_type_k=options.kv_type_k,
+        kv_type_v=options.kv_type_v,
+    )
+    command = LoadCommand("scripted", files, settings, options.sequences, options.cache_bytes)
+    template = TemplateSource(FALLBACKS["chatml"], "fallback", bos="", eos="<|im_end|>", name="chatml")
+    return OpenPlan(files.name, "", command, template, ())
 
 
 def check_fit(name: str, config: ModelConfig, context: int, options: OpenOptions) -> None:

@@ -63,7 +63,7 @@ class WheelCache:
             wheel = _verified(entry)
         except FileNotFoundError:
             wheel = None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             wheel = None
         if wheel is None and entry.exists():
             shutil.rmtree(entry, ignore_errors=True)

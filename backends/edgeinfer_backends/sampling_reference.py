@@ -2,7 +2,7 @@
 
 `distribution` says what may be drawn and how likely it is; `ReferenceSampler` draws from it. The order
 is that of `SamplingParams`: mask, logit bias, penalties, DRY, top-k, typical-p, top-p, min-p and
-temperature. A token that cannot be drawn has the logit -inf. Every cut keeps at least the likeliest token.
+temperature. A token that cannot be drawn has the logit -inf. Every cut keeps at least one token.
 
 Two backends agree on the distribution, not on the random stream: the same seed repeats within one
 backend only.

@@ -141,6 +141,7 @@ def measure(bar: Bar) -> None:
     outcomes: Counter[str] = Counter()
     by_mutation: dict[str, Counter[str]] = {}
     kept: list[str] = []
+    examples: dict[str, str] = {}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="edgeinfer-fuzz-") as folder:
         driver = Driver(Path(folder) / "damaged.gguf")
@@ -152,6 +153,7 @@ def measure(bar: Bar) -> None:
                 outcome = driver.run(data)
                 outcomes[outcome.kind] += 1
                 by_mutation.setdefault(mutation, Counter())[outcome.kind] += 1
+                examples.setdefault(outcome.kind, f"case {number}: {outcome.detail}")
                 if outcome.kind in (*BAD, DIED_LOADING, DIED_ANSWERING):
                     kept.append(f"case {number} ({mutation}): {outcome.kind}: {outcome.detail}")
                     if bar.options.keep:
@@ -170,9 +172,10 @@ def measure(bar: Bar) -> None:
         for index in range(bar.options.sample):
             number = bar.options.first + index * max(1, cases // max(1, bar.options.sample))
             outcome = run_command(Path(folder) / "damaged.gguf", mutator.mutate(number)[1])
-            commands[ANSWERED if outcome.kind == ANSWERED else outcome.kind] += 1
+            commands[outcome.kind] += 1
             if outcome.kind in BAD:
                 kept.append(f"command, case {number}: {outcome.kind}: {outcome.detail}")
+    bar.details["examples"] = examples
     _report(bar, outcomes, by_mutation, commands, kept, time.monotonic() - begin)
 
 
@@ -190,8 +193,11 @@ def _report(
     for kind, number in outcomes.most_common():
         rows.append((kind, str(number), *(str(by_mutation[m][kind]) for m in mutations)))
     bar.say(table(rows))
-    shown = commands | Counter()
-    bar.say(f"through the command: {shown[ANSWERED]} answered, {shown[EARLY]} one line and exit code 1")
+    for kind, example in bar.details["examples"].items():
+        bar.say(f"  {kind}, for example {example}")
+    bar.say(
+        f"through the command: {commands[ANSWERED]} answered, {commands[EARLY]} one line and exit code 1"
+    )
     for line in kept[:40]:
         bar.say(f"  {line}")
     bar.details.update(

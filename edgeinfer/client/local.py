@@ -87,8 +87,9 @@ class LocalClient(Client):
                 lambda fraction: self.report_progress(f"loading {plan.name}", fraction),
             )
             self._info = _model_info(plan, facts)
-            with contextlib.suppress(OSError):  # a read-only home: remembering is a convenience
-                record_last_used(plan.spec)
+            if plan.spec:
+                with contextlib.suppress(OSError):  # a read-only home: remembering is a convenience
+                    record_last_used(plan.spec)
             self.report_progress(f"loaded {plan.name}", 1.0)
             return self._info
 
@@ -175,7 +176,8 @@ class LocalClient(Client):
             tools=list(request.tools) or None,
             options=dict(request.template_options),
         )
-        return replace(request, messages=None, tools=(), prompt=prompt)
+        stop = (*request.stop, *self._plan.template.stop) if self._plan else request.stop
+        return replace(request, messages=None, tools=(), prompt=prompt, stop=stop)
 
     def count_tokens(self, request: Request) -> int:
         if request.tokens is not None:

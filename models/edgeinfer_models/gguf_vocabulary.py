@@ -53,8 +53,8 @@ def check_vocabulary(header: GgufHeader) -> None:
     needs_merges = kind == "bpe" and header.get_str("tokenizer.ggml.pre") != "kimi-k2"
     if needs_merges and header.types.get("tokenizer.ggml.merges") != "[str]":
         raise _invalid(header, "'tokenizer.ggml.merges' is missing")
-    # GGML_ASSERT(id_to_token.size() == token_to_id.size()). Empty tokens get a name by their number.
-    named = [token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
+    # GGML_ASSERT(id_to_token.size() == token_to_id.size()), of C strings, where an empty one is named.
+    named = [token.partition(b"\0")[0] or b"[EMPTY_%d]" % i for i, token in enumerate(tokens)]
     unique = set(named)
     if len(unique) != len(named):
         raise _invalid(header, f"its vocabulary has {len(named) - len(unique)} tokens twice")

@@ -75,7 +75,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     except OSError as error:
         raise ModelFileInvalid(f"{path}: cannot be read ({error.strerror}); check the file") from None
     if not raw.startswith(b"{"):
-        raise _not_safetensors(path, head + raw[:SNIFF_BYTES], length, file_bytes)
+        raise _invalid(path.name, "its header is not a JSON object")
     entries = _parse_json(path.name, raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):

@@ -11,6 +11,7 @@ DATA is the user data folder of the platform, or EDGEINFER_DATA_DIR.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -145,17 +146,27 @@ def publish(staging: Path, manifest: Manifest) -> InstalledModel:
     (staging / manifest.file).rename(content / manifest.file)
     write_atomically(content / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
     _sync_folder(content)
-    replaced = staging / "replaced"
-    if final.exists():
-        final.rename(replaced)
-    try:
-        content.rename(final)
-    except BaseException:
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
+    _swap(content, final, staging / "replaced")
     _sync_folder(final.parent)
     return InstalledModel(manifest, final)
+
+
+def _swap(new: Path, final: Path, aside: Path) -> None:
+    """Put `new` where `final` is. If it cannot be, `final` is what it was."""
+    for attempt in range(10):
+        replaced = aside.with_name(f"{aside.name}-{attempt}")
+        with contextlib.suppress(FileNotFoundError):
+            final.rename(replaced)
+        try:
+            new.rename(final)
+            return
+        except BaseException as error:
+            busy = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if busy and attempt < 9:  # another pull of the same model was quicker
+                continue
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:

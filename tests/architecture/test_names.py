@@ -15,11 +15,7 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"
 def test_no_module_has_a_name_that_says_nothing() -> None:
     modules = [path for source in SOURCES for path in (ROOT / source).rglob("*.py")]
     assert len(modules) > 20
-    bad = [
-        path
-        for path in modules
-        if EMPTY_NAMES & {path.stem, path.parent.name} or path.stem.endswith(tuple(f"_{n}" for n in EMPTY_NAMES))
-    ]
+    bad = [path for path in modules if EMPTY_NAMES & {path.parent.name, *path.stem.split("_")}]
     assert bad == []
 
 

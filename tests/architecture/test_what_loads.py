@@ -29,7 +29,9 @@ def loaded_by(module: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["edgeinfer", "edgeinfer.cli", "edgeinfer.client", "edgeinfer.backend"])
+@pytest.mark.parametrize(
+    "module", ["edgeinfer", "edgeinfer.cli", "edgeinfer.client", "edgeinfer.backend"]
+)
 def test_importing_it_loads_no_framework(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not built yet")

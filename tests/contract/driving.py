@@ -31,7 +31,7 @@ def ordinary_tokens(runtime: Runtime) -> list[int]:
 
 
 def some_tokens(runtime: Runtime, count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(ordinary_tokens(runtime), k=count)  # noqa: S311
+    return random.Random(seed).choices(ordinary_tokens(runtime), k=count)
 
 
 def feed(runtime: Runtime, sequence: int, tokens: Sequence[int], chunk: int = CHUNK) -> Logits:

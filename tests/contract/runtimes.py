@@ -13,7 +13,7 @@ from edgeinfer_models.model_files import ModelFiles
 from tests.contract.checked_runtime import CheckedRuntime
 
 SETTINGS = RuntimeSettings(
-    context=1024, sequences=3, step_tokens=512, logit_rows=64, threads=1, threads_batch=2, gpu_layers=0
+    context=1024, sequences=3, step_tokens=512, logit_rows=64, threads=1, threads_batch=1, gpu_layers=0
 )
 
 

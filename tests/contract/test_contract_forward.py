@@ -1,4 +1,4 @@
-"""The contract of `forward` and `logits`: rows where they belong, and the same bits however it is cut."""
+"""The contract of `forward` and `logits`: rows where they belong, the same bits however it is cut."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgeinfer.errors import OutOfCells, StepAborted
 from tests.contract.checked_runtime import CheckedRuntime
 from tests.contract.driving import (
     CHUNK,
+    Logits,
     decode,
     decode_together,
     feed,
@@ -95,7 +96,7 @@ def test_sequences_decoded_together_predict_as_alone(load: Load) -> None:
     prompts = [some_tokens(together, size, seed=size) for size in (70, 128, 201)]
     sequences = [opened(together, prompt) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
-    seen: list[list[object]] = [[] for _ in prompts]
+    seen: list[list[Logits]] = [[] for _ in prompts]
     following = {sequence: prompt[0] for sequence, prompt in zip(sequences, prompts, strict=True)}
     for _ in range(16):
         for index, (sequence, logits) in enumerate(decode_together(together, following).items()):
@@ -106,7 +107,7 @@ def test_sequences_decoded_together_predict_as_alone(load: Load) -> None:
     for prompt, answer, rows in zip(prompts, answers, seen, strict=True):
         sequence = opened(alone, prompt)
         for expected, found in zip(decode(alone, sequence, answer), rows, strict=True):
-            assert np.array_equal(expected, found)
+            assert is_same(expected, found)
         alone.free(sequence)
 
 

@@ -93,9 +93,7 @@ def test_a_probe_says_what_it_found(factory: RuntimeFactory) -> None:
 def test_a_cancelled_load_says_so(factory: RuntimeFactory, model_folder: Path) -> None:
     backend = factory.find_backend()
     with pytest.raises(LoadFailed, match="cancel"):
-        backend.load(
-            factory.make_files(model_folder), RuntimeSettings(context=256), lambda done: False
-        )
+        backend.load(factory.make_files(model_folder), RuntimeSettings(context=256), lambda done: False)
 
 
 def test_progress_rises_to_one(factory: RuntimeFactory, model_folder: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_random_walk_over_the_kv_cache_keeps_every_history(
         run_state_machine_as_test(
             make_walk(runtime),
             settings=settings(
-                max_examples=40,
+                max_examples=30,
                 stateful_step_count=30,
                 deadline=None,
                 derandomize=True,

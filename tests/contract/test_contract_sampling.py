@@ -166,14 +166,16 @@ def test_a_cut_keeps_what_the_reference_keeps(row: Prompted, cut: Cut) -> None:
     assert row.candidates(params) == row.expected(params)
 
 
-@CUTS
-def test_the_harshest_cut_keeps_one_token(row: Prompted, cut: Cut) -> None:
-    params = {
-        _top_k: replace(PLAIN, top_k=1),
-        _top_p: replace(PLAIN, top_p=1e-6),
-        _min_p: replace(PLAIN, min_p=1.0),
-        _typical_p: replace(PLAIN, typical_p=1e-6),
-    }[cut]
+HARSH = {
+    "top_k": replace(PLAIN, top_k=1),
+    "top_p": replace(PLAIN, top_p=1e-6),
+    "min_p": replace(PLAIN, min_p=1.0),
+    "typical_p": replace(PLAIN, typical_p=1e-6),
+}
+
+
+@pytest.mark.parametrize("params", HARSH.values(), ids=HARSH.keys())
+def test_the_harshest_cut_keeps_one_token(row: Prompted, params: SamplingParams) -> None:
     assert len(row.expected(params)) == 1
     assert row.candidates(params) == row.expected(params)
 
@@ -200,7 +202,9 @@ def test_settings_that_mean_off_cut_nothing(row: Prompted) -> None:
 # -- what moves logits -----------------------------------------------------------------------------
 
 
-def _tipping_bias(row: Prompted, params: SamplingParams, token: int, other: int, history: list[int]) -> float:
+def _tipping_bias(
+    row: Prompted, params: SamplingParams, token: int, other: int, history: list[int]
+) -> float:
     """The bias on `other` at which greedy choice between the two tips over, by the reference."""
     scores = row.logits.astype(np.float64)
     reference.subtract_penalties(scores, history, params)

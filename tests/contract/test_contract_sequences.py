@@ -12,6 +12,7 @@ from edgeinfer.errors import OutOfCells, SharedCells
 from tests.contract.checked_runtime import CheckedRuntime
 from tests.contract.driving import (
     CHUNK,
+    Logits,
     decode,
     decode_together,
     feed,
@@ -441,12 +442,12 @@ def test_alternating_conversations_predict_as_alone(load: Load) -> None:
     turns = [some_tokens(mixed, 5, seed=seed) for seed in (11, 12)]
     sequences = [opened(mixed, prompt) for prompt in prompts]
     mixed.free(opened(mixed, some_tokens(mixed, 30)))
-    found: list[list[object]] = [[], []]
+    found: list[list[Logits]] = [[], []]
     for step in range(5):
         for which, sequence in enumerate(sequences):
             found[which].append(feed(mixed, sequence, [turns[which][step]]))
     for prompt, turn, rows in zip(prompts, turns, found, strict=True):
         sequence = opened(alone, prompt)
         for expected, row in zip(decode(alone, sequence, turn), rows, strict=True):
-            assert np.array_equal(expected, row)
+            assert is_same(expected, row)
         alone.free(sequence)

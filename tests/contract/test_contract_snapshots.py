@@ -35,7 +35,9 @@ def test_a_restored_sequence_predicts_as_the_original(runtime: CheckedRuntime, l
     assert runtime.is_in_order(copy)
     assert is_same(probe(runtime, copy), probe(runtime, sequence))
     tokens = some_tokens(runtime, 3, seed=1)
-    for left, right in zip(decode(runtime, copy, tokens), decode(runtime, sequence, tokens), strict=True):
+    for left, right in zip(
+        decode(runtime, copy, tokens), decode(runtime, sequence, tokens), strict=True
+    ):
         assert is_same(left, right)
 
 

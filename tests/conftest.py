@@ -1,0 +1,49 @@
+"""What every test gets: no trace of the user's own data, and the starter model where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_FOLDERS = ("EDGEINFER_DATA_DIR", "EDGEINFER_CACHE_DIR", "EDGEINFER_CONFIG")
+
+
+@pytest.fixture(scope="session")
+def starter(_starter_path: Path | None) -> Path:
+    """The starter's GGUF, as `edgeinfer models pull smollm2` installs it."""
+    if _starter_path is None:
+        pytest.skip("the starter model is not installed: run `edgeinfer models pull smollm2`")
+    return _starter_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _starter_path() -> Path | None:
+    # Looked up before any test points the data folder elsewhere.
+    from edgeinfer.errors import ModelError
+    from edgeinfer_models.store import find_model
+
+    given = os.environ.get("EDGEINFER_TEST_MODEL")
+    if given:
+        return Path(given)
+    try:
+        installed = find_model("smollm2")
+    except ModelError:
+        return None
+    return installed.path if installed else None
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, _starter_path: Path | None
+) -> Iterator[None]:
+    """Data, cache and config folders of the test's own, and no EDGEINFER_* option from outside."""
+    for name in list(os.environ):
+        if name.startswith("EDGEINFER_") and name != "EDGEINFER_TEST_MODEL":
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("home")
+    for name in _FOLDERS:
+        monkeypatch.setenv(name, str(home / name.lower()))
+    yield
