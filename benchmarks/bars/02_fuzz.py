@@ -118,7 +118,10 @@ def run_command(path: Path, data: bytes) -> Outcome:
     command += ["--max-tokens", "4", "--temp", "0", "--ctx", "256", "--threads", "1"]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CASE_TIMEOUT_S
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=CASE_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         return Outcome(HUNG, "the command")

@@ -70,6 +70,7 @@ class Engine:
         self._idle: list[LiveSequence] = []  # least recently used first
         self._events: Events = []
         self._prefill_s_per_token = 0.0
+        self._last_was_large = False
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -142,8 +143,14 @@ class Engine:
             beside = int(PREFILL_SLICE_S / self._prefill_s_per_token)
         limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, beside)
         demands = [Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running]
+        planned = plan(demands, limits, self._last_was_large)
+        self._last_was_large = planned.is_large
         by_key = {r.key: r for r in self._running}
-        return [(by_key[key], tokens) for key, tokens in plan(demands, limits)]
+        if len(planned.parts) < len(self._running):
+            # Whoever was left out comes first next time.
+            served = {key for key, _ in planned.parts}
+            self._running.sort(key=lambda r: r.key in served)
+        return [(by_key[key], tokens) for key, tokens in planned.parts]
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
         parts = []

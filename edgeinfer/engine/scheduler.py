@@ -2,6 +2,11 @@
 
 There are no phases: a step maps sequences to token counts out of one budget (as in vLLM v1), so the
 rest of a prompt in chunks, one token to decode and a draft to verify are the same thing.
+
+One rule is there for exactness. A backend may compute steps of `stable_chunk` tokens or more with
+another kernel than smaller ones (llama.cpp's flash attention on the CPU does, from 64), whose results
+differ in the last bits. So small pieces (tokens to decode, drafts, short ends of prompts) and large
+ones (prefill chunks) never ride in one step: each request is computed as it would be alone.
 """
 
 from __future__ import annotations
@@ -26,33 +31,67 @@ class Demand:
 @dataclass(frozen=True)
 class Limits:
     step_tokens: int  # most tokens of a step
-    stable_chunk: int  # prefill chunks below this many tokens may change results
+    stable_chunk: int  # steps of fewer tokens and steps of at least as many may differ in last bits
     prefill_beside_decode: int  # most prompt tokens of a step while somebody waits for a token
 
 
-def plan(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:
-    """(key, tokens) for the next step, `demands` in order of arrival.
+@dataclass(frozen=True)
+class Plan:
+    """The next step: (key, tokens) for each that takes part. `is_large`: it is a prefill step."""
 
-    Whoever decodes comes first and always gets its tokens; prompts share what is left evenly, oldest
-    first. A prompt is never cut so that a piece of fewer than `stable_chunk` tokens comes about, and
-    every step with a demand moves somebody.
+    parts: tuple[tuple[int, int], ...]
+    is_large: bool = False
+
+
+def plan(demands: Sequence[Demand], limits: Limits, last_was_large: bool = False) -> Plan:
+    """The next step, `demands` in order of precedence: whoever was left out of a step comes first in
+    the next, or a piece that just does not fit beside others might never have its turn.
+
+    Small and large pieces take turns, so that nobody who waits for a token waits for more than one
+    prefill chunk, and every prompt moves every other step. A prompt is never cut so that a piece of
+    fewer than `stable_chunk` tokens comes about. A step with a demand always moves somebody, unless
+    every demand is larger than a step.
     """
-    budget = limits.step_tokens
-    allotted: list[tuple[int, int]] = []
+    small = [d for d in demands if d.decode or d.prompt < limits.stable_chunk]
+    large = [d for d in demands if not d.decode and d.prompt >= limits.stable_chunk]
+    if large and (last_was_large is False or not small):
+        waiting = any(d.decode for d in small)
+        parts = _large(large, limits, waiting)
+        if parts:
+            return Plan(tuple(parts), True)
+    return Plan(tuple(_small(small, limits)))
+
+
+def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:
+    """Whole pieces as far as they fit; a lone piece above the class limit (a long draft) goes alone."""
+    budget = min(limits.step_tokens, max(limits.stable_chunk - 1, 1))
+    parts: list[tuple[int, int]] = []
     for demand in demands:
-        if demand.decode and demand.decode <= budget:
-            allotted.append((demand.key, demand.decode))
-            budget -= demand.decode
-    prompts = [demand for demand in demands if demand.prompt and not demand.decode]
-    if allotted and prompts:
-        budget = min(budget, max(limits.prefill_beside_decode, limits.stable_chunk))
-    for index, demand in enumerate(prompts):
-        share = max(budget // (len(prompts) - index), min(limits.stable_chunk, budget))
+        tokens = demand.decode or demand.prompt
+        if tokens <= budget:
+            parts.append((demand.key, tokens))
+            budget -= tokens
+    if not parts and demands:
+        first = demands[0]
+        tokens = first.decode or first.prompt
+        if tokens <= limits.step_tokens:
+            parts.append((first.key, tokens))
+    return parts
+
+
+def _large(demands: Sequence[Demand], limits: Limits, waiting: bool) -> list[tuple[int, int]]:
+    """Prompts share the step evenly, the first ones first."""
+    budget = limits.step_tokens
+    if waiting:
+        budget = min(budget, max(limits.prefill_beside_decode, 2 * limits.stable_chunk - 1))
+    parts: list[tuple[int, int]] = []
+    for index, demand in enumerate(demands):
+        share = max(budget // (len(demands) - index), min(limits.stable_chunk, budget))
         tokens = chunk(demand.prompt, share, budget, limits.stable_chunk)
         if tokens:
-            allotted.append((demand.key, tokens))
+            parts.append((demand.key, tokens))
             budget -= tokens
-    return allotted
+    return parts
 
 
 def chunk(remaining: int, share: int, budget: int, stable: int) -> int:

@@ -53,26 +53,33 @@ def describe(head: bytes) -> tuple[str, str]:
     return "unknown data", "download it again as .gguf"
 
 
+def shown(path: Path | str, limit: int = 200) -> str:
+    """A path for a message: its end if it is long, so that the message's own end is not cut off."""
+    text = str(path)
+    return text if len(text) <= limit else "…" + text[-limit:]
+
+
 def require_regular_file(path: Path) -> int:
     """The size of a readable regular file; anything else is one clear line.
 
     Raises ModelNotFound, ModelFileInvalid. Never blocks: a FIFO is not opened.
     """
+    name = shown(path)
     try:
         info = path.stat()
     except FileNotFoundError:
         raise ModelNotFound(
-            f"{path}: no such file; check the path, or see `edgeinfer models list`"
+            f"{name}: no such file; check the path, or see `edgeinfer models list`"
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the path is not valid"
-        raise ModelFileInvalid(f"{path}: cannot be read ({reason}); check the path") from None
+        raise ModelFileInvalid(f"{name}: cannot be read ({reason}); check the path") from None
     if stat.S_ISDIR(info.st_mode):
-        raise ModelFileInvalid(f"{path}: is a folder; give the model file in it")
+        raise ModelFileInvalid(f"{name}: is a folder; give the model file in it")
     if not stat.S_ISREG(info.st_mode):
-        raise ModelFileInvalid(f"{path}: is a device, pipe or socket; give a regular file")
+        raise ModelFileInvalid(f"{name}: is a device, pipe or socket; give a regular file")
     if not os.access(path, os.R_OK):
-        raise ModelFileInvalid(f"{path}: permission denied; make it readable for your user")
+        raise ModelFileInvalid(f"{name}: permission denied; make it readable for your user")
     return info.st_size
 
 

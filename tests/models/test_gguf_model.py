@@ -14,9 +14,13 @@ from tests.fixtures_gguf import write_tiny_gguf
 BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no layers": ({"llama.block_count": 0}, ModelFileInvalid, "'llama.block_count' is 0"),
     "too many layers": ({"llama.block_count": 513}, ModelFileInvalid, "outside [1, 512]"),
-    "a layer that is not there": ({"llama.block_count": 3}, ModelFileInvalid, "layer 2 of 3 has no tensors"),
+    "a layer that is not there": (
+        {"llama.block_count": 3}, ModelFileInvalid, "layer 2 of 3 has no tensors",
+    ),
     "a layer too many": ({"llama.block_count": 1}, ModelFileInvalid, "tensors for layer 1"),
-    "missing layers key": ({"llama.block_count": None}, ModelFileInvalid, "'llama.block_count' is missing"),
+    "missing layers key": (
+        {"llama.block_count": None}, ModelFileInvalid, "'llama.block_count' is missing",
+    ),
     "layers as text": ({"llama.block_count": "2"}, ModelFileInvalid, "has the type str, not u32"),
     "no context": ({"llama.context_length": None}, ModelFileInvalid, "context_length' is missing"),
     "no width": ({"llama.embedding_length": None}, ModelFileInvalid, "embedding_length' is missing"),
@@ -24,7 +28,9 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no heads": ({"llama.attention.head_count": None}, ModelFileInvalid, "head_count' is missing"),
     "zero heads": ({"llama.attention.head_count": 0}, ModelFileInvalid, "0 attention heads"),
     "heads as text": ({"llama.attention.head_count": "2"}, ModelFileInvalid, "neither a number"),
-    "KV heads that do not divide": ({"llama.attention.head_count_kv": 3}, ModelFileInvalid, "over 3 KV heads"),
+    "KV heads that do not divide": (
+        {"llama.attention.head_count_kv": 3}, ModelFileInvalid, "over 3 KV heads",
+    ),
     "KV heads of another count": (
         {"llama.attention.head_count_kv": [1, 1, 1]}, ModelFileInvalid, "one for each of 2 layers",
     ),
@@ -43,15 +49,24 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "experts without use": ({"llama.expert_count": 4}, ModelFileInvalid, "0 of 4 experts"),
     "use without experts": ({"llama.expert_used_count": 4}, ModelFileInvalid, "4 of 0 experts"),
     "too many experts": (
-        {"llama.expert_count": 5000, "llama.expert_used_count": 1}, ModelFileInvalid, "expert_count' is 5,000",
+        {"llama.expert_count": 5000, "llama.expert_used_count": 1},
+        ModelFileInvalid, "expert_count' is 5,000",
     ),
     "an adapter": ({"general.type": "adapter"}, UnsupportedModel, "of type 'adapter'"),
-    "no tokenizer": ({"tokenizer.ggml.model": None}, ModelFileInvalid, "tokenizer.ggml.model' is missing"),
+    "no tokenizer": (
+        {"tokenizer.ggml.model": None}, ModelFileInvalid, "tokenizer.ggml.model' is missing",
+    ),
     "an unknown tokenizer": ({"tokenizer.ggml.model": "magic"}, UnsupportedModel, "tokenizer 'magic'"),
     "no merges": ({"tokenizer.ggml.merges": None}, ModelFileInvalid, "merges' is missing"),
-    "too few token types": ({"tokenizer.ggml.token_type": [1] * 9}, ModelFileInvalid, "9 elements for 295"),
-    "scores of a wrong type": ({"tokenizer.ggml.scores": ["a"]}, ModelFileInvalid, "type [str], not [f32]"),
-    "an end token outside": ({"tokenizer.ggml.eos_token_id": 295}, ModelFileInvalid, "eos_token_id' is 295"),
+    "too few token types": (
+        {"tokenizer.ggml.token_type": [1] * 9}, ModelFileInvalid, "9 elements for 295",
+    ),
+    "scores of a wrong type": (
+        {"tokenizer.ggml.scores": ["a"]}, ModelFileInvalid, "type [str], not [f32]",
+    ),
+    "an end token outside": (
+        {"tokenizer.ggml.eos_token_id": 295}, ModelFileInvalid, "eos_token_id' is 295",
+    ),
     "a flag that is a number": ({"tokenizer.ggml.add_bos_token": 1}, ModelFileInvalid, "not bool"),
     "a template that is a number": ({"tokenizer.chat_template": 7}, ModelFileInvalid, "not str"),
 }  # fmt: skip
@@ -61,7 +76,7 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_metadata_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
     metadata, kind, expected = BAD_METADATA[name]
     path = write_tiny_gguf(tmp_path / "model.gguf", metadata=metadata)
-    with pytest.raises(kind, match="^model.gguf: ") as caught:
+    with pytest.raises(kind, match=r"^model\.gguf: ") as caught:
         read_gguf_model(path)
     assert expected in str(caught.value)
 

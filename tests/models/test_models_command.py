@@ -63,7 +63,8 @@ def test_pull_of_an_unknown_name_fails_in_one_line(run: Run) -> None:
     done = run("pull", "zzz")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == (
-        "edgeinfer: there is no model 'zzz' in the catalogue; `edgeinfer models list` shows what there is\n"
+        "edgeinfer: there is no model 'zzz' in the catalogue; `edgeinfer models list` shows what"
+        " there is\n"
     )
     failed = run("pull", "zzz", "--json")
     assert failed.exit_code == 1
@@ -77,7 +78,7 @@ def test_show_prints_what_the_issue_asks_for(run: Run, tiny: Path) -> None:
     assert shown["Model"] == "tiny (Tiny Random)"
     assert shown["Architecture"] == "llama, 2 layers of 64"
     assert shown["Parameters"] == "0.1 million"
-    assert shown["Bits per weight"] == "16.06 (F16)"
+    assert shown["Bits per weight"] == "16.05 (F16)"
     assert shown["Context"] == "4,096 tokens"
     assert shown["KV bytes per token"] == "f16 256, q8_0 136, q4_0 72"
     assert shown["Template"] == "the model's own"

@@ -55,15 +55,22 @@ BAD = {
     "deep JSON": (raw(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), ModelFileInvalid, "too deeply"),
     "long number": (raw(b'{"a": ' + b"9" * 9000 + b"}"), ModelFileInvalid, "cannot be read"),
     "twice": (raw(b'{"a": {}, "a": {}}'), ModelFileInvalid, "twice"),
-    "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), ModelFileInvalid, "lacks"),
+    "no dtype": (
+        raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), ModelFileInvalid, "lacks",
+    ),
     "negative shape": (raw({"a": f32(0, 4, [-1])}, bytes(4)), ModelFileInvalid, "lacks"),
     "true as size": (raw({"a": f32(0, 4, [True])}, bytes(4)), ModelFileInvalid, "lacks"),
     "wrong size": (raw({"a": f32(0, 4, [2])}, bytes(4)), ModelFileInvalid, "does not fill"),
     "unknown dtype": (
-        raw({"a": {"dtype": "Q7", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)), UnsupportedModel, "'Q7'",
+        raw({"a": {"dtype": "Q7", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        UnsupportedModel, "'Q7'",
     ),
-    "gap": (raw({"a": f32(0, 4, [1]), "b": f32(8, 12, [1])}, bytes(12)), ModelFileInvalid, "'b' does not"),
-    "overlap": (raw({"a": f32(0, 8, [2]), "b": f32(4, 8, [1])}, bytes(8)), ModelFileInvalid, "'b' does not"),
+    "gap": (
+        raw({"a": f32(0, 4, [1]), "b": f32(8, 12, [1])}, bytes(12)), ModelFileInvalid, "'b' does not",
+    ),
+    "overlap": (
+        raw({"a": f32(0, 8, [2]), "b": f32(4, 8, [1])}, bytes(8)), ModelFileInvalid, "'b' does not",
+    ),
     "truncated": (raw({"a": f32(0, 400, [100])}, bytes(390)), ModelFileInvalid, "10 of "),
     "too long": (raw({"a": f32(0, 4, [1])}, bytes(9)), ModelFileInvalid, "5 bytes after"),
 }  # fmt: skip
@@ -74,7 +81,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     content, kind, expected = BAD[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(kind, match="^model.safetensors: ") as caught:
+    with pytest.raises(kind, match=r"^model\.safetensors: ") as caught:
         read_safetensors_header(path)
     assert expected in str(caught.value)
 
@@ -123,7 +130,7 @@ def test_a_sharded_folder_is_joined(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "m", sharded=True)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelNotFound, match="model-00002-of-00002.safetensors: shard is missing"):
+    with pytest.raises(ModelNotFound, match=r"model-00002-of-00002\.safetensors: shard is missing"):
         read_safetensors_folder(folder)
 
 
@@ -154,5 +161,5 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: str, expected: str) -> No
     ],
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         config_from_hf(hf_folder(tmp_path / "m", {**CONFIG, **change}))

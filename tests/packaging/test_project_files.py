@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -37,12 +38,13 @@ def test_every_make_command_in_the_documents_exists(document: str) -> None:
 
 def test_every_edgeinfer_command_in_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"^edgeinfer ([a-z-]+)", text, re.MULTILINE))
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    used = set(re.findall(r"^edgeinfer ([a-z-]+)", blocks, re.MULTILINE))
     used |= set(re.findall(r"^\| `edgeinfer ([a-z-]+)", text, re.MULTILINE))
     assert {"chat", "run", "models", "doctor"} <= used
     for command in sorted(used):
         done = subprocess.run(
-            [str(Path(os.sys.executable).with_name("edgeinfer")), command, "--help"],  # type: ignore[attr-defined]
+            [str(Path(sys.executable).with_name("edgeinfer")), command, "--help"],
             capture_output=True,
         )
         assert done.returncode == 0, command

@@ -7,8 +7,9 @@ import threading
 import pytest
 from chat_driver import Drive
 from fake_client import FakeClient, Script
+from textual.widgets import Markdown
 
-from edgeinfer_tui.conversation import Conversation
+from edgeinfer_tui.conversation import AnswerView, Conversation
 
 MIXED = (
     "# 見出し\n\n- 一つ目の項目\n\n| a | b |\n|---|---|\n| 日本語 | 2 |\n\n```\ncode\n```\n\nThe end."
@@ -80,6 +81,27 @@ async def test_a_new_question_brings_the_end_back_into_view(drive: Drive) -> Non
         await driver.ask("and")
         await driver.answered(2)
         assert "The second." in driver.screen_text
+
+
+async def test_a_long_chat_keeps_only_what_is_near_laid_out_and_shows_all_of_it(drive: Drive) -> None:
+    scripts = [Script([f"answer {n}\n\n" + "- item\n" * 20]) for n in range(12)]
+    async with drive(FakeClient(*scripts)) as driver:
+        await driver.ready()
+        for n in range(12):
+            await driver.ask("q")
+            await driver.answered(n + 1)
+        views = list(driver.app.screen.query(AnswerView))
+        height = driver.app.screen.query_one(Conversation).virtual_size.height
+        assert not views[0].query_one(Markdown).display
+        assert views[-1].query_one(Markdown).display
+        await driver.pilot.press("ctrl+home")
+        await driver.until(lambda: "answer 0" in driver.screen_text)
+        assert not views[-1].query_one(Markdown).display
+        assert driver.app.screen.query_one(Conversation).virtual_size.height == height
+        await driver.pilot.resize_terminal(50, 20)
+        await driver.until(lambda: "answer 0" in driver.screen_text)
+        await driver.pilot.press("ctrl+end")
+        await driver.until(lambda: driver.screen_text.count("• item") > 5)
 
 
 async def test_without_colour_the_parts_still_tell_themselves_apart(

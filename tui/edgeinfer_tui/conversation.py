@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 
+from textual import events
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Markdown, Static
@@ -17,6 +18,8 @@ from edgeinfer_tui.markdown import chat_parser
 from edgeinfer_tui.sanitize import neutralise
 
 _log = logging.getLogger(__name__)
+
+_PAGES_KEPT = 2
 
 
 class Question(Static):
@@ -54,6 +57,8 @@ class AnswerView(Vertical):
         self._activity = Static("", markup=False, classes="activity")
         self._unshown: list[str] = []
         self._showing: Worker[None] | None = None
+        self._is_folded = False
+        self._is_complete = False
 
     def compose(self) -> ComposeResult:
         yield self._activity
@@ -84,6 +89,9 @@ class AnswerView(Vertical):
             self._unshown.clear()
             started = time.monotonic()
             await self._markdown.append(more)
+            painted = asyncio.Event()
+            if self.call_after_refresh(painted.set):
+                await painted.wait()
             await asyncio.sleep(time.monotonic() - started)
 
     async def finish(self, text: str) -> None:
@@ -96,12 +104,21 @@ class AnswerView(Vertical):
                     await self._showing.wait()
             if self.is_attached:
                 await self._markdown.update(neutralise(text))
+                self._is_complete = True
         except Exception:
             # A parser or widget of another library failed on what the model wrote: show it plainly.
             _log.exception("an answer could not be shown as Markdown")
             if self.is_attached:
                 self._markdown.display = False
-                await self.mount(Static(neutralise(text), markup=False))
+                await self.mount(Static(neutralise(text), markup=False, classes="plain"))
+
+    def fold(self, folded: bool) -> None:
+        """Keep only the height: far from what is visible, a complete answer costs no layout."""
+        if folded == self._is_folded or not self._is_complete:
+            return
+        self._is_folded = folded
+        self.styles.height = self.size.height if folded else "auto"
+        self._markdown.display = not folded
 
     def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
         # A model can write any address, and a text browser would take over this terminal.
@@ -112,13 +129,42 @@ class AnswerView(Vertical):
 
 
 class Conversation(VerticalScroll, can_focus=False):
-    """All turns. Follows the end of the text unless the user has scrolled away from it."""
+    """All turns. Follows the end of the text unless the user has scrolled away from it.
+
+    Textual lays out every widget of a scrolled container at each change, visible or not, and an answer
+    is dozens of them: answers more than `_PAGES_KEPT` pages away are folded."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._width_of_folds = 0
 
     def compose(self) -> ComposeResult:
         yield Welcome()
 
     def on_mount(self) -> None:
         self.anchor()
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if round(old_value) != round(new_value):
+            self.fold_far()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """At another width all heights are others."""
+        if event.size.width != self._width_of_folds:
+            self._width_of_folds = event.size.width
+            for answer in self.query_children(AnswerView):
+                answer.fold(False)
+            self.call_after_refresh(self.fold_far)
+
+    def fold_far(self) -> None:
+        """Fold the answers that are far from the visible part, unfold those near."""
+        margin = _PAGES_KEPT * self.size.height
+        top, bottom = self.scroll_y - margin, self.scroll_y + self.size.height + margin
+        for answer in self.query_children(AnswerView):
+            place = answer.virtual_region
+            if place.height:  # else not laid out yet
+                answer.fold(place.bottom < top or place.y > bottom)
 
     async def add_question(self, text: str) -> Question:
         await self.query_children(Welcome).remove()

@@ -31,12 +31,13 @@ _device_kinds: dict[int, Any] = {0: "cpu", 1: "gpu", 2: "gpu", 3: "npu"}  # enum
 
 
 class NativeLog:
-    """Receives every line llama.cpp and ggml print. Keeps the last ones, to explain a failure."""
+    """Receives every line llama.cpp and ggml print. Keeps the last errors, to explain a failure, and what
+    was said about memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._errors: deque[str] = deque(maxlen=8)
-        self._lines: deque[str] = deque(maxlen=400)
+        self._sizes: deque[str] = deque(maxlen=64)
         self._level = logging.DEBUG
         self._partial = ""
 
@@ -50,7 +51,8 @@ class NativeLog:
                 self._partial += decoded
                 *lines, self._partial = self._partial.split("\n")
                 for line in filter(None, (line.strip() for line in lines)):
-                    self._lines.append(line)
+                    if "buffer size" in line:
+                        self._sizes.append(line)
                     if self._level >= logging.ERROR:
                         self._errors.append(line)
                     log.log(self._level, "%s", line)
@@ -60,7 +62,7 @@ class NativeLog:
     def clear(self) -> None:
         with self._lock:
             self._errors.clear()
-            self._lines.clear()
+            self._sizes.clear()
 
     def reason(self) -> str:
         """The most telling of the last error lines; "" if there was none."""
@@ -72,9 +74,10 @@ class NativeLog:
                 return line.split(": ", 2)[-1] if ": " in line else line
         return errors[0] if errors else ""
 
-    def lines(self) -> list[str]:
+    def size_lines(self) -> list[str]:
+        """What llama.cpp said it allocated since `clear`: its API does not tell."""
         with self._lock:
-            return list(self._lines)
+            return list(self._sizes)
 
 
 native_log = NativeLog()

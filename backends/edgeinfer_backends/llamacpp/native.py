@@ -85,7 +85,7 @@ def create_context(
             raise LoadFailed(
                 f"{files.name} has recurrent layers, whose state cannot be rewound; not supported yet"
             )
-        items = _memory_items(native_log.lines())
+        items = _memory_items(native_log.size_lines())
         return NativeContext(model, vocab, context, memory, flag, items, stack.pop_all())
 
 
@@ -149,7 +149,6 @@ def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tupl
 
 
 def _memory_items(lines: list[str]) -> list[MemoryItem]:
-    """What llama.cpp says it allocated (its API does not tell)."""
     items = []
     for pattern, name in ((_WEIGHTS, "weights"), (_KV_BUFFER, "kv cache"), (_COMPUTE_BUFFER, "compute")):
         for line in lines:
