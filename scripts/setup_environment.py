@@ -221,6 +221,7 @@ def run_pip(
             stderr=subprocess.STDOUT,
             env=dict(environment or pip_environment()),
             start_new_session=True,  # so that the compilers it starts can be ended with it
+            close_fds=False,  # it keeps the set-up's lock, so no other one starts beside an orphan
         )
         try:
             while True:

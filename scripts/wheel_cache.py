@@ -125,6 +125,8 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
             except OSError:
                 on_wait()
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            # A child started with close_fds=False goes on holding it if this process is killed.
+            os.set_inheritable(handle.fileno(), True)
         yield
 
 

@@ -379,6 +379,8 @@ class Engine:
         best, length = None, 0
         for idle in self._idle:
             shared = min(common_length(idle.tokens, list(prompt)), limit)
+            if shared < len(idle.tokens) and not self.runtime.facts.can.rewind:
+                continue  # its tail cannot be taken off again
             if shared > length:
                 best, length = idle, shared
         return best, length
@@ -404,9 +406,14 @@ class Engine:
             except (SnapshotRejected, OutOfCells) as error:
                 running.warnings.append(f"a cached part of the conversation was not used: {error}")
                 break
-        have = min(runtime.length(handle), limit)
-        runtime.rewind(handle, have)
-        running.num_computed = have
+        have = runtime.length(handle)
+        if have > limit:
+            if not runtime.facts.can.rewind:
+                runtime.free(handle)
+                running.handle = runtime.open()
+                return
+            runtime.rewind(handle, limit)
+        running.num_computed = min(have, limit)
         running.cache_tier = "memory"
 
     def _release(self, idle: LiveSequence) -> None:

@@ -52,6 +52,8 @@ def plan(demands: Sequence[Demand], limits: Limits, last_was_large: bool = False
     fewer than `stable_chunk` tokens comes about. A step with a demand always moves somebody, unless
     every demand is larger than a step.
     """
+    if limits.stable_chunk <= 1:
+        return _mixed(demands, limits)
     small = [d for d in demands if d.decode or d.prompt < limits.stable_chunk]
     large = [d for d in demands if not d.decode and d.prompt >= limits.stable_chunk]
     if large and (last_was_large is False or not small):
@@ -60,6 +62,25 @@ def plan(demands: Sequence[Demand], limits: Limits, last_was_large: bool = False
         if parts:
             return Plan(tuple(parts), True)
     return Plan(tuple(_small(small, limits)))
+
+
+def _mixed(demands: Sequence[Demand], limits: Limits) -> Plan:
+    """Without classes: who decodes comes first, prompts share what is left."""
+    budget = limits.step_tokens
+    parts: list[tuple[int, int]] = []
+    for demand in demands:
+        if demand.decode and demand.decode <= budget:
+            parts.append((demand.key, demand.decode))
+            budget -= demand.decode
+    if parts:
+        budget = min(budget, max(limits.prefill_beside_decode, 1))
+    prompts = [d for d in demands if not d.decode]
+    for index, demand in enumerate(prompts):
+        tokens = min(demand.prompt, max(budget // (len(prompts) - index), min(1, budget)))
+        if tokens:
+            parts.append((demand.key, tokens))
+            budget -= tokens
+    return Plan(tuple(parts))
 
 
 def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:

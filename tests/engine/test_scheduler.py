@@ -63,6 +63,12 @@ def test_a_prompt_too_short_to_cut_waits_when_it_does_not_fit() -> None:
     assert chunk(remaining=100, share=64, budget=100, stable=64) == 100
 
 
+def test_without_classes_prompts_ride_with_the_streams() -> None:
+    limits = Limits(step_tokens=100, stable_chunk=1, prefill_beside_decode=30)
+    demands = [prompt(1, 2000), decode(2), decode(3, 4), prompt(4, 10)]
+    assert plan(demands, limits).parts == ((2, 1), (3, 4), (1, 15), (4, 10))
+
+
 @given(
     st.lists(
         st.one_of(st.integers(1, 9).map(lambda n: (n, 0)), st.integers(1, 5000).map(lambda n: (0, n))),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from scripts.wheel_cache import RECORD, WheelCache, cache_folder, exclusive
 from scripts.wheel_key import Ingredients
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "llama_cpp_python-0.3.36-py3-none-any.whl"
 SOME = Ingredients("0.3.36", "cpython311", "Linux", "cc", "avx2", "", ())
 
@@ -150,6 +153,36 @@ def test_the_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
     blocks = [line for i, line in enumerate(lines) if i == 0 or lines[i - 1] != line]
     assert len(lines) == 150
     assert sorted(blocks) == ["0", "1", "2"]
+
+
+def test_an_orphaned_child_keeps_the_lock_of_a_killed_holder(tmp_path: Path) -> None:
+    holder = (
+        "import os, signal, subprocess, sys, pathlib\n"
+        "from scripts.wheel_cache import exclusive\n"
+        "with exclusive(pathlib.Path(sys.argv[1])):\n"
+        "    child = subprocess.Popen(['cat'], stdin=0, stdout=subprocess.DEVNULL, close_fds=False)\n"
+        "    print('ready', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    lock = tmp_path / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    ) as killed:
+        assert killed.stdin is not None and killed.stdout is not None
+        assert killed.stdout.readline() == b"ready\n"
+        killed.wait(30)
+        end_of_child = killed.stdin.close
+        told: list[str] = []
+
+        def wait() -> None:
+            told.append("waiting")
+            end_of_child()
+
+        with exclusive(lock, wait):
+            assert told == ["waiting"]
 
 
 def test_who_must_wait_for_the_lock_is_told(tmp_path: Path) -> None:

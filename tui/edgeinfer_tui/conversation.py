@@ -176,6 +176,7 @@ class Conversation(VerticalScroll, can_focus=False):
     async def add_answer(self) -> AnswerView:
         answer = AnswerView()
         await self.mount(answer)
+        self.call_after_refresh(self.fold_far)  # an anchored scroll calls no watcher
         return answer
 
     def add_notice(self, text: str, kind: str = "note") -> None:
