@@ -150,7 +150,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_flags().partition("model name: ")[2] or platform.processor(),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
+        "load": os.getloadavg(),
         "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -160,5 +160,5 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     """Write a result as JSON under results/ and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path

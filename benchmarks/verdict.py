@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.alternate import save
+from benchmarks.alternate import machine, save
 from benchmarks.lock import one_at_a_time
 from benchmarks.model_files import own_data_folder
 from benchmarks.peers import PeerError
@@ -53,7 +54,14 @@ def run_bar(
     bar = Bar(name, parser.parse_args())
     try:
         with one_at_a_time(), own_data_folder():
+            bar.details["machine"] = machine()
             bar.say(f"{name}: {about}")
+            load, cores = os.getloadavg()[0], os.cpu_count() or 1
+            if load > 0.3:
+                print(
+                    f"other programs are busy (load {load:.1f} on {cores} cores): figures will scatter",
+                    file=sys.stderr,
+                )
             measure(bar)
     except (PeerError, EdgeInferError) as error:
         bar.require(f"measured to the end ({type(error).__name__})", False)

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines are noisy, this one most of all: no test may depend on how long an example takes.
+settings.register_profile("edgeinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgeinfer")
 
 _FOLDERS = ("EDGEINFER_DATA_DIR", "EDGEINFER_CACHE_DIR", "EDGEINFER_CONFIG")
 

@@ -196,6 +196,8 @@ def _report(
     for kind, number in outcomes.most_common():
         rows.append((kind, str(number), *(str(by_mutation[m][kind]) for m in mutations)))
     bar.say(table(rows))
+    deaths = outcomes[DIED_LOADING] + outcomes[DIED_ANSWERING]
+    bar.say(f"  worker deaths, each reported to its request: {deaths}")
     for kind, example in bar.details["examples"].items():
         bar.say(f"  {kind}, for example {example}")
     bar.say(

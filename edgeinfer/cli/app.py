@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from edgeinfer import __version__
 from edgeinfer.cli import chat, doctor, models, run_command
+from edgeinfer.cli.command import Command, Group, ParseProblem, RunCommand, report_parse_problem
+from edgeinfer.cli.errors import INTERRUPTED
+from edgeinfer.cli.options import EPILOG
 
 app = typer.Typer(
     name="edgeinfer",
-    help="Run language models on this machine: chat, one-off answers, and what is going on inside.",
+    cls=Group,
+    help="Run language models on this machine. Without a command: chat with the model used last.",
+    epilog=EPILOG,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,19 +39,25 @@ def root(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Without a command: chat with the last used model."""
     if context.invoked_subcommand is None:
-        context.invoke(chat.chat)
+        command = context.command.commands["chat"]  # type: ignore[attr-defined]
+        with command.make_context("chat", [], parent=context) as own:  # variables and file count
+            command.invoke(own)
 
 
-app.command("chat")(chat.chat)
-app.command("run")(run_command.run)
+app.command("chat", cls=Command, epilog=EPILOG)(chat.chat)
+app.command("run", cls=RunCommand, epilog=EPILOG)(run_command.run)
 app.add_typer(models.app, name="models")
-app.command("doctor")(doctor.doctor)
+app.command("doctor", cls=Command)(doctor.doctor)
 
 
 def run(arguments: list[str]) -> int:
     """Exit code of the command line `arguments`."""
-    from edgeinfer.cli.errors import exit_code_of
-
-    return exit_code_of(lambda: app(arguments, prog_name="edgeinfer", standalone_mode=True))
+    try:
+        code = app(arguments, prog_name="edgeinfer", standalone_mode=False)
+    except ParseProblem as problem:
+        return report_parse_problem(problem, arguments)
+    except typer.Abort:  # Ctrl+C or Ctrl+D at a question
+        sys.stderr.write("edgeinfer: stopped\n")
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
 import typer
 
 from edgeinfer.cli import options
-from edgeinfer.cli.errors import guard
 from edgeinfer.errors import UsageError
 
 
-@guard
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Catalogue name, GGUF file or folder. Default: the last one used."),
-    ] = None,
+    model: options.Model = None,
     backend: options.Backend = "auto",
     ctx: options.Ctx = None,
     threads: options.Threads = "auto",

@@ -6,10 +6,8 @@ import sys
 from typing import Any
 
 from edgeinfer.cli import options
-from edgeinfer.cli.errors import guard
 
 
-@guard
 def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
     """Show the machine, the backends (usable, or the reason not), models, versions."""
     findings = examine()

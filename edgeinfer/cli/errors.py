@@ -2,74 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-import typer
 
 from edgeinfer.errors import EdgeInferError, one_line
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-def guard(command: Callable[P, R]) -> Callable[P, R]:
-    """Decorator under `@app.command()`: maps errors for a command with `json_output` and `debug`
-    options. Exit codes: 1 an error, 2 wrong usage, 130 interrupted."""
+def report_error(error: Exception, message: str, json_output: bool, *, debug: bool) -> None:
+    if debug or os.environ.get("EDGEINFER_DEBUG"):
+        import traceback
 
-    @functools.wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        json_output = bool(kwargs.get("json_output"))
-        debug = bool(kwargs.get("debug")) or bool(os.environ.get("EDGEINFER_DEBUG"))
-        try:
-            return command(*args, **kwargs)
-        except EdgeInferError as error:
-            if debug:
-                raise
-            report(error.type, str(error), json_output)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            report("interrupted", "stopped", json_output)
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Whoever read our output has gone; Python would complain again at shutdown.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if debug:
-                raise
-            report(
-                "internal_error",
-                f"something failed inside edgeinfer ({type(error).__name__}: {error});"
-                " run it again with --debug and report what it prints",
-                json_output,
-            )
-            raise typer.Exit(1) from None
-
-    return guarded
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, EdgeInferError):
+        kind = error.type
+    else:
+        kind = "io_error" if isinstance(error, OSError) else "internal_error"
+    report(kind, message, json_output)
 
 
 def report(kind: str, message: str, json_output: bool) -> None:
+    line = one_line(message)
     if json_output:
         from edgeinfer.cli.output import emit_json
 
-        emit_json({"error": {"type": kind, "message": message}})
+        try:
+            emit_json({"error": {"type": kind, "message": line}})
+        except OSError:  # nobody reads, or the disk is full: there is no better place to say it
+            discard_stdout()
     else:
-        sys.stderr.write(f"edgeinfer: {one_line(message)}\n")
+        sys.stderr.write(f"edgeinfer: {line}\n")
         sys.stderr.flush()
 
 
-def exit_code_of(application: Callable[[], Any]) -> int:
-    """Run a typer application; its exit code."""
-    try:
-        application()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+def discard_stdout() -> None:
+    """After a write that failed: what is still buffered would be tried, and complained about, again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

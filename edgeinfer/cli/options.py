@@ -1,20 +1,26 @@
-"""Options that several commands share: one name, one help text, one environment variable."""
+"""Options that several commands share: one name, one help text, one variable, one key of the config
+file (`edgeinfer.config.KEYS` has the same names)."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edgeinfer.errors import UsageError
 
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+EPILOG = (
+    "Every option is also a variable (--top-p is EDGEINFER_TOP_P) and a key of the config file"
+    " (top-p = 0.9), which `edgeinfer doctor` names. A flag beats the variable, the variable the file."
+)
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(option: str, text: str) -> int:
     """ "512M", "2GiB", "0" -> bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"{option} {text!r} is not a size; write for example 512M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -24,97 +30,122 @@ def parse_count(option: str, text: str) -> int | None:
     """ "auto" -> None, "4" -> 4."""
     if text.strip().lower() == "auto":
         return None
-    if not re.fullmatch(r"\d{1,9}", text.strip()):
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
         raise UsageError(f"{option} {text!r} is neither a number nor 'auto'")
     return int(text)
 
 
+def _option(
+    key: str, help_text: str, metavar: str | None, panel: str | None, *also: str, default: bool = True
+) -> Any:
+    return typer.Option(
+        f"--{key}",
+        *also,
+        help=help_text,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_default=default,
+        # whitespace would split a list of stop strings: configured.py takes that variable whole
+        envvar=None if key == "stop" else "EDGEINFER_" + key.upper().replace("-", "_"),
+        show_envvar=False,
+    )
+
+
+def _switch(key: str, help_text: str, *also: str) -> Any:
+    """With its opposite: a flag must be able to beat the config file."""
+    return typer.Option(
+        f"--{key}/--no-{key}",
+        *also,
+        help=help_text,
+        show_default=False,
+        envvar="EDGEINFER_" + key.upper(),
+        show_envvar=False,
+    )
+
+
+_MODEL, _SAMPLING, _ANSWER = "Model and memory", "Choosing tokens", "Answer"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A name `edgeinfer models list` shows, a GGUF file or a folder. Default: the last one used.",
+        envvar="EDGEINFER_MODEL",
+        show_envvar=False,
+        show_default=False,
+        is_eager=True,  # its table in the config file counts for the options
+    ),
+]
+
 Backend = Annotated[
-    str,
-    typer.Option(help="auto, or a backend's name (see `edgeinfer doctor`).", envvar="EDGEINFER_BACKEND"),
+    str, _option("backend", "auto, or a name `edgeinfer doctor` shows.", "NAME", _MODEL)
 ]
 Ctx = Annotated[
     int | None,
-    typer.Option(
-        "--ctx",
-        help="Cells of context per conversation. Default: 4096, or what the model was trained on.",
-        envvar="EDGEINFER_CTX",
-        show_default=False,
+    _option(
+        "ctx", "Tokens of context. Default: 4096, or what the model was trained on if less.", "N", _MODEL
     ),
 ]
-Threads = Annotated[str, typer.Option(help="Processor threads, or auto.", envvar="EDGEINFER_THREADS")]
+Threads = Annotated[str, _option("threads", "Processor threads, or auto.", "N", _MODEL)]
 GpuLayers = Annotated[
-    str,
-    typer.Option(help="Layers placed on a GPU, or auto.", envvar="EDGEINFER_GPU_LAYERS"),
+    str, _option("gpu-layers", "Layers placed on a GPU, or auto: all that fit.", "N", _MODEL)
 ]
 KvType = Annotated[
     str,
-    typer.Option(
-        "--kv-type",
-        help="Type of the KV cache: f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, f32.",
-        envvar="EDGEINFER_KV_TYPE",
+    _option(
+        "kv-type",
+        "Type of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.",
+        "TYPE",
+        _MODEL,
     ),
 ]
-KvTypeK = Annotated[
-    str | None,
-    typer.Option("--kv-type-k", help="Of the keys only.", envvar="EDGEINFER_KV_TYPE_K"),
-]
-KvTypeV = Annotated[
-    str | None,
-    typer.Option("--kv-type-v", help="Of the values only.", envvar="EDGEINFER_KV_TYPE_V"),
-]
+KvTypeK = Annotated[str | None, _option("kv-type-k", "The same, for the keys alone.", "TYPE", _MODEL)]
+KvTypeV = Annotated[str | None, _option("kv-type-v", "The same, for the values alone.", "TYPE", _MODEL)]
 CacheRam = Annotated[
     str,
-    typer.Option(
-        "--cache-ram",
-        help="Host memory for conversations that are not running, e.g. 512M; 0: none.",
-        envvar="EDGEINFER_CACHE_RAM",
+    _option(
+        "cache-ram", "Memory for conversations that are not running, like 512M; 0: none.", "SIZE", _MODEL
     ),
 ]
-Seed = Annotated[
-    int | None,
-    typer.Option(help="The same seed gives the same text.", envvar="EDGEINFER_SEED", show_default=False),
+Temp = Annotated[float, _option("temp", "Temperature; 0 always takes the likeliest.", "X", _SAMPLING)]
+TopK = Annotated[int, _option("top-k", "Only the K likeliest; 0: off.", "K", _SAMPLING)]
+TopP = Annotated[
+    float, _option("top-p", "Only the likeliest that make up share P; 1: off.", "P", _SAMPLING)
 ]
-Temp = Annotated[
-    float, typer.Option("--temp", help="Temperature; 0 is greedy.", envvar="EDGEINFER_TEMP")
-]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.", envvar="EDGEINFER_TOP_P")]
-TopK = Annotated[int, typer.Option(help="Likeliest tokens kept; 0: off.", envvar="EDGEINFER_TOP_K")]
 MinP = Annotated[
-    float,
-    typer.Option(
-        help="Least share of the likeliest token's probability; 0: off.", envvar="EDGEINFER_MIN_P"
-    ),
+    float, _option("min-p", "Only those with P times the likeliest's chance; 0: off.", "P", _SAMPLING)
 ]
 TypicalP = Annotated[
-    float, typer.Option(help="Locally typical sampling; 1: off.", envvar="EDGEINFER_TYPICAL_P")
+    float, _option("typical-p", "Only the most typical that make up share P; 1: off.", "P", _SAMPLING)
 ]
 RepeatPenalty = Annotated[
-    float, typer.Option(help="Of tokens seen lately; 1: off.", envvar="EDGEINFER_REPEAT_PENALTY")
+    float, _option("repeat-penalty", "Divides the score of tokens seen lately; 1: off.", "X", _SAMPLING)
 ]
-PresencePenalty = Annotated[float, typer.Option(envvar="EDGEINFER_PRESENCE_PENALTY", help="0: off.")]
-FrequencyPenalty = Annotated[float, typer.Option(envvar="EDGEINFER_FREQUENCY_PENALTY", help="0: off.")]
-DryMultiplier = Annotated[
+PresencePenalty = Annotated[
+    float, _option("presence-penalty", "Taken off tokens seen lately; 0: off.", "X", _SAMPLING)
+]
+FrequencyPenalty = Annotated[
     float,
-    typer.Option(help="DRY: penalty on repeating phrases; 0: off.", envvar="EDGEINFER_DRY_MULTIPLIER"),
+    _option("frequency-penalty", "The same, for each time they were seen; 0: off.", "X", _SAMPLING),
+]
+DryMultiplier = Annotated[
+    float, _option("dry-multiplier", "DRY: against repeating phrases; 0: off.", "X", _SAMPLING)
+]
+Seed = Annotated[
+    int | None, _option("seed", "The same seed gives the same text. Default: random.", "N", _SAMPLING)
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(
-        help="Longest answer in tokens. Default: to the end of the context.",
-        envvar="EDGEINFER_MAX_TOKENS",
-        show_default=False,
-    ),
+    _option("max-tokens", "Longest answer. Default: to the end of the context.", "N", _ANSWER),
 ]
 System = Annotated[
-    str | None, typer.Option(help="System message.", envvar="EDGEINFER_SYSTEM", show_default=False)
+    str | None, _option("system", "System message: who the model is to be.", "TEXT", _ANSWER)
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="Text that ends the answer; may be given several times.", show_default=False),
+    _option("stop", "Text that ends the answer; may be given several times.", "TEXT", _ANSWER),
 ]
-JsonOutput = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Print a traceback when something fails.", envvar="EDGEINFER_DEBUG"),
-]
+Raw = Annotated[bool, _switch("raw", "Send PROMPT as it is, without the chat template.")]
+Quiet = Annotated[bool, _switch("quiet", "Nothing on stderr but errors.", "-q")]
+JsonOutput = Annotated[bool, _switch("json", "One JSON object on stdout.")]
+Debug = Annotated[bool, _switch("debug", "A traceback when something fails.")]

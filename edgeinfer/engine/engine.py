@@ -127,12 +127,14 @@ class Engine:
     # -- one step --------------------------------------------------------------------------------
 
     def step(self) -> Events:
-        """Admit, run one forward step, tell what came of it."""
+        """Admit whoever can run and tell; if there was nobody new, run one forward step and tell what
+        came of it. (Admissions are told before the step, which may be long.)"""
         self._events = []
         self._admit()
-        chosen = self._plan()
-        if chosen:
-            self._forward(chosen)
+        if not self._events:
+            chosen = self._plan()
+            if chosen:
+                self._forward(chosen)
         events, self._events = self._events, []
         return events
 

@@ -165,7 +165,10 @@ class EngineProcess:
             self._process.wait()
         self._reader.join(SHUTDOWN_S)
         self._listener.join(SHUTDOWN_S)
-        for stream in (self._stdout, self._stderr):
+        self._close_streams()
+
+    def _close_streams(self) -> None:
+        for stream in (self._stdin, self._stdout, self._stderr):
             with contextlib.suppress(OSError):
                 stream.close()
 
@@ -226,11 +229,14 @@ class EngineProcess:
         for waiting in list(self._counts.values()):
             waiting.put(None)
         if not self._closing:
-            self._on_death(self.epitaph())
+            error = self.epitaph()
+            self._close_streams()
+            self._on_death(error)
 
     def _listen(self) -> None:
-        for line in iter(self._stderr.readline, b""):
-            text = line.decode("utf-8", "replace").rstrip()
-            if text:
-                self._last_words.append(text)
-                log.debug("%s", text)
+        with contextlib.suppress(ValueError, OSError):  # closed under us: the process is gone
+            for line in iter(self._stderr.readline, b""):
+                text = line.decode("utf-8", "replace").rstrip()
+                if text:
+                    self._last_words.append(text)
+                    log.debug("%s", text)

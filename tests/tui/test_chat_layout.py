@@ -16,8 +16,18 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("size", [(80, 24), (40, 10), (200, 60), (20, 6)])
-@pytest.mark.parametrize("theme", ["textual-dark", "textual-light", "ansi-dark"])
+@pytest.mark.parametrize(
+    ("size", "theme"),
+    [
+        ((80, 24), "textual-dark"),
+        ((80, 24), "textual-light"),
+        ((80, 24), "ansi-dark"),
+        ((40, 10), "textual-dark"),
+        ((40, 10), "textual-light"),
+        ((200, 60), "textual-dark"),
+        ((20, 6), "textual-dark"),
+    ],
+)
 async def test_a_chat_fits_any_terminal_and_theme(
     drive: Drive, size: tuple[int, int], theme: str
 ) -> None:

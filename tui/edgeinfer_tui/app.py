@@ -59,6 +59,7 @@ class ChatApp(App[None]):
         settings = ChatSettings(system, sampling or SamplingParams(), max_tokens, stop, overflow)
         self._chat_screen = ChatScreen(Chat(client, settings), model_label)
         self._is_loading = False
+        self._is_leaving = False
         self.load_error = ""  # why there is no model, while there is none
         self.crash: Exception | None = None  # the error of our own that ended the app
 
@@ -66,11 +67,12 @@ class ChatApp(App[None]):
         return self._chat_screen
 
     def on_mount(self) -> None:
-        self.action_load()
+        # Not before everything is on the screen: a load may fail at once, and its error needs a place.
+        self.call_after_refresh(self.action_load)
 
     def action_load(self) -> None:
         """Load the model, in a thread; again after a failure."""
-        if not self._is_loading:
+        if not self._is_loading and not self._is_leaving:
             self._is_loading, self.load_error = True, ""
             self._chat_screen.show_loading()
             self._load_model()
@@ -92,6 +94,7 @@ class ChatApp(App[None]):
 
     def on_chat_app_load_failed(self, message: LoadFailed) -> None:
         self._is_loading = False
+        self._is_leaving = False
         self.load_error = one_line(message.error)
         self._chat_screen.show_load_error(self.load_error)
 
@@ -100,6 +103,7 @@ class ChatApp(App[None]):
 
     def leave(self, return_code: int | None = None) -> None:
         """End the app; a running answer or load is stopped. Without a code: 1 if there is no model."""
+        self._is_leaving = True
         self._chat_screen.abandon()
         if self._is_loading:
             self._client.cancel_load()

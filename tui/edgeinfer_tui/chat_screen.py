@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import ActiveBinding, BindingType
+from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, HelpPanel
 
@@ -46,7 +47,8 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield self._conversation
         yield self._load_view
-        yield self._prompt
+        with Vertical(id="prompt-row"):
+            yield self._prompt
         yield self._status
         yield Footer(compact=True)
 

@@ -1,0 +1,139 @@
+"""The real starter model through the real engine, worker and client."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
+from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.request import Ended
+from edgeinfer.registry import get_backend
+from edgeinfer.sampling import SamplingParams
+from edgeinfer_models.model_files import ModelFiles
+
+pytestmark = pytest.mark.model
+
+GREEDY = SamplingParams(temperature=0.0)
+LICENCE = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+def load(path: Path, **options: object) -> Runtime:
+    # One thread: with more, flash attention splits long caches by thread and batch (last bits differ).
+    settings = RuntimeSettings(**{"context": 2048, "threads": 1, "threads_batch": 1, **options})  # type: ignore[arg-type]
+    files = ModelFiles("starter", (path,), "gguf")
+    return get_backend("llamacpp").load(files, settings, lambda _: True)
+
+
+@pytest.fixture
+def engine(starter: Path) -> Iterator[Engine]:
+    runtime = load(starter, sequences=2)
+    engine = Engine(runtime, model="starter", max_running=3, cache_bytes=2**28)
+    yield engine
+    engine.check_integrity()
+    engine.close()
+
+
+def run(engine: Engine, requests: dict[int, tuple[list[int], int]], stagger: int = 0) -> dict[int, Ended]:
+    ends: dict[int, Ended] = {}
+
+    def keep(events: list) -> None:  # type: ignore[type-arg]
+        for key, event in events:
+            if isinstance(event, Ended):
+                ends[key] = event
+
+    for key, (tokens, max_tokens) in requests.items():
+        request = Request(
+            tokens=tuple(tokens), max_tokens=max_tokens, sampling=GREEDY, ignore_eos=True
+        )
+        keep(engine.submit(key, request, tokens))
+        for _ in range(stagger):
+            keep(engine.step())
+    while engine.has_work:
+        keep(engine.step())
+    return ends
+
+
+def text_tokens(engine: Engine, start: int, characters: int) -> list[int]:
+    return engine.runtime.tokenizer.encode(
+        LICENCE[start : start + characters], add_special=False, parse_special=False
+    )
+
+
+def test_answers_together_are_those_alone(engine: Engine, starter: Path) -> None:
+    requests = {
+        key: (text_tokens(engine, 700 * key, 150 + 500 * key), 10 + 8 * key) for key in range(5)
+    }
+    together = run(engine, requests, stagger=4)
+    for key, request in requests.items():
+        runtime = load(starter)
+        single = Engine(runtime, model="starter")
+        alone = run(single, {key: request})
+        single.close()
+        assert together[key].outcome == alone[key].outcome == "finished"
+        assert together[key].stats.text == alone[key].stats.text
+
+
+def test_a_restored_conversation_answers_as_if_it_had_never_left(engine: Engine) -> None:
+    first = text_tokens(engine, 0, 1500)
+    other = text_tokens(engine, 4000, 600)
+    before = run(engine, {1: (first, 12)})[1].stats
+    run(engine, {2: (other, 4)})
+    after = run(engine, {3: (first, 12)})[3].stats
+    assert after.cache.tier == "memory"
+    assert after.usage.cached_tokens == len(first) - 1
+    assert after.text == before.text
+
+
+def test_a_prompt_is_aborted_inside_a_step(starter: Path) -> None:
+    runtime = load(starter)
+    tokens = runtime.tokenizer.encode(LICENCE, add_special=False, parse_special=False)[:500]
+    sequence = runtime.open()
+    import threading
+
+    threading.Timer(0.05, runtime.abort).start()
+    try:
+        runtime.forward(Step([SequenceStep(sequence, tokens)]))
+    except Exception as error:
+        assert type(error).__name__ == "StepAborted"
+        assert runtime.length(sequence) == 0
+    else:  # a machine that reads 500 tokens in 50 ms
+        assert runtime.length(sequence) == 500
+    runtime.check_integrity()
+    runtime.close()
+
+
+def test_a_chat_of_two_turns_prefills_only_the_new_tokens(starter: Path) -> None:
+    with LocalClient(OpenOptions(model=str(starter), context=1024)) as client:
+        history = [Message("user", "Name three colours, separated by commas.")]
+        first = client.start(
+            Request(messages=tuple(history), sampling=GREEDY, max_tokens=40)
+        ).result().stats
+        assert first.text.strip()
+        history += [Message("assistant", first.text), Message("user", "And three animals.")]
+        second = client.start(
+            Request(messages=tuple(history), sampling=GREEDY, max_tokens=20)
+        ).result().stats
+    new = second.usage.prompt_tokens - second.usage.cached_tokens
+    assert second.cache.tier == "live"
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert new <= 20
+
+
+def test_the_worker_killed_in_mid_answer_is_said_and_replaced(starter: Path) -> None:
+    with LocalClient(OpenOptions(model=str(starter), context=1024)) as client:
+        client.load()
+        question = Request(prompt="Once upon a time", max_tokens=400, ignore_eos=True, sampling=GREEDY)
+        generation = client.start(question)
+        for event in generation.events():
+            if isinstance(event, Text) and event.num_tokens == 3:
+                os.kill(client.worker_pid or 0, signal.SIGKILL)
+            if isinstance(event, Ended):
+                assert (event.outcome, event.error_type) == ("failed", "WorkerDied")
+        again = client.start(Request(prompt="Once upon a time", max_tokens=3, sampling=GREEDY)).result()
+        assert again.stats.usage.completion_tokens == 3
