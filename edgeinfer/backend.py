@@ -102,9 +102,10 @@ class RuntimeFacts:
     max_sequences: int  # sequence handles that may exist at once
     max_step_tokens: int
     max_logit_rows: int
-    # Steps of at least this many tokens in all may take another kernel than smaller ones, and differ
-    # in the last bits; within either class results do not depend on how a prompt is cut or what else
-    # is in the step. (llama.cpp on the CPU: with quantized weights and one thread; else to about 1e-3.)
+    # 1, or: steps of at least this many tokens in all may take another kernel than smaller ones, and
+    # differ in the last bits. Exact (a request's results are those it has alone, however its prompt is
+    # cut) are then small steps of any mixture, large steps of one sequence, and forks at multiples of
+    # this. (llama.cpp's CPU backend: with quantized weights, and one thread; else within about 1e-3.)
     stable_chunk_tokens: int
     kv_type_k: str
     kv_type_v: str

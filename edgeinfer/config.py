@@ -70,7 +70,7 @@ Value = str | int | float | bool | list[str]
 
 
 class ConfigInvalid(EdgeInferError):
-    """The config file cannot be used: unreadable, not TOML, an unknown key, a value of the wrong type."""
+    """The config file cannot be used: unreadable, not TOML, an unknown key, a value of a wrong type."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def chat(
     stop: options.Stop = None,
     debug: options.Debug = False,
 ) -> None:
-    """Chat with a model in the terminal."""
+    """Chat in the terminal."""
     from edgeinfer.cli.opening import open_options, puller
     from edgeinfer.client import LocalClient
     from edgeinfer.sampling import SamplingParams

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edgeinfer.cli.configured import FileDefaults, source_of
+from edgeinfer.cli.configured import FileDefaults, is_model_name, source_of
 from edgeinfer.cli.errors import INTERRUPTED, discard_stdout, report, report_error
-from edgeinfer.errors import EdgeInferError, ModelError, UsageError
+from edgeinfer.errors import EdgeInferError, ModelError
 
 # Any: typer carries a private copy of click from 0.26 on and uses the installed one before.
 Context = Any
@@ -33,7 +35,8 @@ class Command(TyperCommand):
         try:
             return super().make_context(info_name, args, parent, **extra)
         except ParseProblem as problem:
-            report("usage_error", _complaint(problem, written), wants_json(written))
+            path = f"{parent.command_path} {info_name}" if parent is not None else str(info_name)
+            report("usage_error", _complaint(problem, written, path), wants_json(written))
             raise typer.Exit(2) from None
         except EdgeInferError as error:  # the config file
             report_error(error, str(error), wants_json(written), debug="--debug" in written)
@@ -60,7 +63,10 @@ class Command(TyperCommand):
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
-            discard_stdout()
+            try:
+                sys.stdout.flush()
+            except OSError:  # it is our output that cannot be written: the disk is full
+                discard_stdout()
             where = f"{error.filename}: " if error.filename else ""
             report_error(error, f"{where}{error.strerror or error}", json_output, debug=debug)
             raise typer.Exit(1) from None
@@ -124,29 +130,27 @@ def report_parse_problem(problem: Exception, arguments: Sequence[str]) -> int:
     if type(problem).__name__ == "NoArgsIsHelpError":
         cast(Problem, problem).show()
     else:
-        report("usage_error", _complaint(problem, arguments), wants_json(arguments))
+        report("usage_error", _complaint(problem, arguments, "edgeinfer"), wants_json(arguments))
     return 2
 
 
-def _complaint(problem: Problem, arguments: Sequence[str]) -> str:
-    """One line: what is wrong, and where help is."""
+def _complaint(problem: Problem, arguments: Sequence[str], called: str) -> str:
+    """One line: what is wrong, and where help is. called: the command as it was reached."""
     ctx = problem.ctx
     param = getattr(problem, "param", None)
     option = getattr(problem, "option_name", None)
     if type(problem).__name__ == "MissingParameter" and param is not None:
-        said = f"{_called(ctx)} needs {param.metavar or param.name.upper()}"
+        said = f"{called} needs {param.metavar or param.name.upper()}"
     elif param is not None and ctx is not None:
         said = f"{_where(ctx, param)}: {_type_complaint(problem)}"
     else:
-        said = problem.format_message().rstrip(".")
+        said = problem.message.rstrip(".")
         said = said[:1].lower() + said[1:]
     if option and ctx is not None:
         said += _hint_for_option(option, ctx, arguments)
-    return f"{said}; see `{_called(ctx)} --help`"
-
-
-def _called(ctx: Context) -> str:
-    return str(ctx.command_path) if ctx is not None else "edgeinfer"
+    if ctx is not None:
+        called = str(ctx.command_path)
+    return said if said.endswith("?") else f"{said}; see `{called} --help`"
 
 
 def _where(ctx: Context, param: Any) -> str:
@@ -159,7 +163,7 @@ def _type_complaint(problem: Problem) -> str:
     if found is None:
         return str(problem.message)
     kind = {"integer": "a whole number", "boolean": "true or false"}.get(found[1], f"a {found[1]}")
-    errors = getattr(problem.__cause__, "errors", list)()
+    errors: list[dict[str, object]] = getattr(problem.__cause__, "errors", list)()
     value = repr(errors[0]["input"])[:60] + " " if errors else ""
     return f"{value}is not {kind}"
 
@@ -171,30 +175,19 @@ def _hint_for_option(option: str, ctx: Context, arguments: Sequence[str]) -> str
                 return f"; options come after the command: edgeinfer {name} {option}"
     elif any(word.startswith("-") and " " in word for word in arguments):
         return "; put -- before a prompt that begins with -"
-    return ""
+    near = get_close_matches(option, [o for param in ctx.command.params for o in param.opts], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _no_such_command(name: str, commands: Sequence[str], *, is_root: bool) -> str:
-    from difflib import get_close_matches
-
     near = get_close_matches(name, commands, n=1)
     if near:
         return f"there is no command {name!r}; did you mean '{near[0]}'?"
-    if is_root and (name.lower().endswith(".gguf") or "/" in name or _is_model(name)):
+    if is_root and (name.lower().endswith(".gguf") or "/" in name or is_model_name(name)):
         return f"there is no command {name!r}; to chat with that model: edgeinfer chat {name}"
     if is_root and " " in name:
-        return "a question needs a command before it: edgeinfer run \"…\""
+        return 'a question needs a command before it: edgeinfer run "…"'
     return f"there is no command {name!r}; there are {', '.join(commands)}"
-
-
-def _is_model(name: str) -> bool:
-    from edgeinfer_models.catalogue import CATALOGUE
-    from edgeinfer_models.store import find_model
-
-    try:
-        return name in CATALOGUE or find_model(name) is not None
-    except ModelError:
-        return True
 
 
 def _with_source(error: EdgeInferError, ctx: Context) -> tuple[int, str]:
@@ -212,14 +205,3 @@ def _with_source(error: EdgeInferError, ctx: Context) -> tuple[int, str]:
         if chosen is not None and chosen.where:
             message += f" (the model comes from {chosen.where})"
     return error.exit_code, message
-
-
-__all__ = [
-    "Command",
-    "Group",
-    "ParseProblem",
-    "RunCommand",
-    "UsageError",
-    "report_parse_problem",
-    "wants_json",
-]

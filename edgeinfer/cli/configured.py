@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgeinfer.config import KEYS, Config, ConfigInvalid, Setting, read_config
+from edgeinfer.errors import ModelError
 
 Context = Any  # typer's or click's; see command.py
 
@@ -87,6 +88,19 @@ def source_of(ctx: Context, param: Any) -> str | None:
         return str(param.envvar)
     setting = FileDefaults.of(ctx).setting(param.name) if source == "DEFAULT_MAP" else None
     return None if setting is None else setting.where
+
+
+def is_model_name(word: str) -> bool:
+    """Whether somebody who wrote this one word meant a model."""
+    from edgeinfer_models.catalogue import CATALOGUE
+    from edgeinfer_models.store import find_model
+
+    if word in CATALOGUE or (word.lower().endswith(".gguf") and " " not in word):
+        return True
+    try:
+        return find_model(word) is not None
+    except ModelError:  # it is there, and damaged
+        return True
 
 
 def _names_of(spec: str | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from edgeinfer.cli import options
 
 
 def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
-    """Show the machine, the backends (usable, or the reason not), models, versions."""
+    """Show the machine, the backends, the models, the config file."""
     findings = examine()
     if json_output:
         from edgeinfer.cli.output import emit_json
@@ -22,11 +22,17 @@ def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as JSON values. Never raises for a backend that is broken."""
     from edgeinfer import __version__
+    from edgeinfer.config import ConfigInvalid, config_path, read_config
     from edgeinfer.errors import EdgeInferError
     from edgeinfer.machine.probe import default_threads, probe_machine
     from edgeinfer.registry import backend_names, get_backend
     from edgeinfer_models.store import data_folder, list_models
 
+    config: dict[str, Any] = {"path": str(config_path()), "found": False, "error": None}
+    try:
+        config["found"] = read_config().found
+    except ConfigInvalid as error:
+        config["error"] = str(error)
     machine = probe_machine()
     decode, prefill = default_threads()
     backends = []
@@ -67,6 +73,7 @@ def examine() -> dict[str, Any]:
             "threads": {"decode": decode, "prefill": prefill},
         },
         "backends": backends,
+        "config": config,
         "models": {
             "folder": str(data_folder()),
             "installed": [model.name for model in list_models().models],
@@ -108,6 +115,9 @@ def render(findings: dict[str, Any]) -> str:
     installed = ", ".join(models["installed"]) or "none; `edgeinfer models pull smollm2` gets one"
     lines.append(f"models     {installed}")
     lines.append(f"           in {models['folder']}")
+    config = findings["config"]
+    state = config["error"] or f"{config['path']} ({'read' if config['found'] else 'none there'})"
+    lines.append(f"config     {state}")
     versions = ", ".join(f"{name} {version}" for name, version in findings["versions"].items())
     lines.append(f"versions   {versions}")
     return "\n".join(lines) + "\n"

@@ -29,9 +29,12 @@ def open_options(
     """Raises UsageError naming the option that cannot be right."""
     from edgeinfer.open import OpenOptions
 
-    types = {"--kv-type-k": kv_type_k or kv_type, "--kv-type-v": kv_type_v or kv_type}
-    for option, name in types.items():
-        if name not in KV_TYPES:
+    for option, name in (
+        ("--kv-type", kv_type),
+        ("--kv-type-k", kv_type_k),
+        ("--kv-type-v", kv_type_v),
+    ):
+        if name is not None and name not in KV_TYPES:
             raise UsageError(f"{option} {name!r} is not a KV cache type; one of {', '.join(KV_TYPES)}")
     wanted = parse_count("--threads", threads)
     if wanted == 0:
@@ -42,8 +45,8 @@ def open_options(
         context=ctx,
         threads=wanted,
         gpu_layers=parse_count("--gpu-layers", gpu_layers),
-        kv_type_k=types["--kv-type-k"],
-        kv_type_v=types["--kv-type-v"],
+        kv_type_k=kv_type_k or kv_type,
+        kv_type_v=kv_type_v or kv_type,
         cache_bytes=parse_size("--cache-ram", cache_ram),
     )
 

@@ -20,7 +20,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def parse_size(option: str, text: str) -> int:
     """ "512M", "2GiB", "0" -> bytes."""
-    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(
+        r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE
+    )
     if match is None:
         raise UsageError(f"{option} {text!r} is not a size; write for example 512M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -69,7 +71,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="A name `edgeinfer models list` shows, a GGUF file or a folder. Default: the last one used.",
+        help="A name `edgeinfer models list` shows, a GGUF file or a folder; else the one used last.",
         envvar="EDGEINFER_MODEL",
         show_envvar=False,
         show_default=False,
@@ -77,9 +79,7 @@ Model = Annotated[
     ),
 ]
 
-Backend = Annotated[
-    str, _option("backend", "auto, or a name `edgeinfer doctor` shows.", "NAME", _MODEL)
-]
+Backend = Annotated[str, _option("backend", "auto, or a name `edgeinfer doctor` shows.", "NAME", _MODEL)]
 Ctx = Annotated[
     int | None,
     _option(

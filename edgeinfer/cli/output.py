@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
+
+from edgeinfer.errors import one_line
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
@@ -21,21 +25,38 @@ def printable(text: str) -> str:
 
 
 class StatusLine:
-    """A line on stderr that is rewritten in place; silent unless stderr is a terminal."""
+    """A line on stderr that is rewritten in place; silent unless stderr is a terminal. Any thread may
+    show; after `close` nothing is shown any more."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._shown = 0
         self._enabled = enabled and sys.stderr.isatty()
+        self._lock = threading.Lock()
 
     def show(self, text: str) -> None:
-        if self._enabled:
+        with self._lock:
+            if not self._enabled:
+                return
+            text = one_line(text, limit=max(1, _width() - 1))  # a wrapped line cannot be rewritten
             padding = " " * max(0, self._shown - len(text))
             sys.stderr.write(f"\r{text}{padding}")
             sys.stderr.flush()
             self._shown = len(text)
 
     def clear(self) -> None:
-        if self._enabled and self._shown:
-            sys.stderr.write("\r" + " " * self._shown + "\r")
-            sys.stderr.flush()
-            self._shown = 0
+        with self._lock:
+            if self._enabled and self._shown:
+                sys.stderr.write("\r" + " " * self._shown + "\r")
+                sys.stderr.flush()
+                self._shown = 0
+
+    def close(self) -> None:
+        self.clear()
+        self._enabled = False
+
+
+def _width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80

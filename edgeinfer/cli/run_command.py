@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeinfer.cli import options
-from edgeinfer.cli.errors import INTERRUPTED, guard
-from edgeinfer.errors import EdgeInferError, UsageError, error_from_wire
+from edgeinfer.cli.configured import FileDefaults, is_model_name
+from edgeinfer.cli.errors import INTERRUPTED
+from edgeinfer.errors import EdgeInferError, UsageError, error_from_wire, one_line
 
 if TYPE_CHECKING:
+    from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import Client, Ended, ModelInfo, Request, RunStats
 
 MAX_STDIN_BYTES = 64 * 2**20
 
 
-@guard
 def run(
+    context: typer.Context,
     arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="[MODEL] PROMPT", help="PROMPT of '-' reads standard input."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] PROMPT",
+            help="MODEL as `edgeinfer chat` takes it. A PROMPT of - reads standard input.",
+            is_eager=True,  # the model's table in the config file counts for the options
+        ),
+    ] = None,
     backend: options.Backend = "auto",
     ctx: options.Ctx = None,
     threads: options.Threads = "auto",
@@ -44,22 +50,20 @@ def run(
     max_tokens: options.MaxTokens = None,
     system: options.System = None,
     stop: options.Stop = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Send PROMPT as it is, without the chat template.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures on stderr.")] = False,
+    raw: options.Raw = False,
+    quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer one prompt. The text goes to stdout, everything else to stderr."""
+    """Answer one prompt: the text on stdout, everything else on stderr."""
     from edgeinfer.cli.opening import open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import LocalClient, Message, Request
     from edgeinfer.sampling import SamplingParams
 
-    if len(arguments) > 2:
-        raise UsageError("run takes at most MODEL and PROMPT; put quotes around a prompt with spaces")
-    model = arguments[0] if len(arguments) == 2 else None
+    if not arguments:
+        raise UsageError('run needs a prompt: edgeinfer run "…", or - to read it from standard input')
+    model = _model_of(context, arguments)
     sampling = SamplingParams(
         temperature=temp,
         top_p=top_p,
@@ -83,7 +87,7 @@ def run(
         kv_type_v=kv_type_v,
         cache_ram=cache_ram,
     )
-    prompt = _read_prompt(arguments[-1])
+    prompt = _read_prompt(arguments[-1], raw=raw)
     messages = [Message("user", prompt)]
     if system is not None:
         messages.insert(0, Message("system", system))
@@ -102,24 +106,37 @@ def run(
     with LocalClient(opened, puller(show)) as client:
         try:
             info = client.load(show)
-        finally:
             status.clear()
-        _answer(client, info, request, status, quiet=quiet, json_output=json_output)
+            _answer(client, info, request, status, quiet=quiet, json_output=json_output)
+        finally:
+            status.close()
+
+
+def _model_of(context: typer.Context, arguments: list[str]) -> str | None:
+    """MODEL, or what a variable or the config file has for it. Raises UsageError."""
+    if len(arguments) > 2:
+        raise UsageError("run takes at most MODEL and PROMPT; put quotes around a prompt with spaces")
+    if len(arguments) == 1 and is_model_name(arguments[0]):
+        raise UsageError(
+            f"'{arguments[0]}' is a model, and run needs a prompt after it; to talk with it:"
+            f" edgeinfer chat {arguments[0]}"
+        )
+    chosen = FileDefaults.of(context).chosen_model()
+    return None if chosen is None else str(chosen.value)
 
 
 def _answer(
     client: Client,
     info: ModelInfo,
     request: Request,
-    status: object,
+    status: StatusLine,
     *,
     quiet: bool,
     json_output: bool,
 ) -> None:
-    from edgeinfer.cli.output import StatusLine, emit_json, printable
+    from edgeinfer.cli.output import emit_json, printable
     from edgeinfer.client import Ended, Prefilled, Text
 
-    assert isinstance(status, StatusLine)  # noqa: S101
     on_terminal = sys.stdout.isatty()
     generation = client.start(request)
     ended: Ended | None = None
@@ -154,9 +171,9 @@ def _answer(
         sys.stdout.write("\n")
         sys.stdout.flush()
         if not quiet:
-            sys.stderr.write(summary(ended.stats, info) + "\n")
+            sys.stderr.write(one_line(summary(ended.stats, info)) + "\n")
             for warning in ended.stats.warnings:
-                sys.stderr.write(f"edgeinfer: warning: {warning}\n")
+                sys.stderr.write(f"edgeinfer: warning: {one_line(warning)}\n")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -179,12 +196,23 @@ def summary(stats: RunStats, info: ModelInfo) -> str:
     )
 
 
-def _read_prompt(argument: str) -> str:
-    """The prompt, from standard input for "-". Raises EdgeInferError where it is not text."""
-    if argument != "-":
-        if any("\ud800" <= c <= "\udfff" for c in argument):
+def _read_prompt(argument: str, *, raw: bool) -> str:
+    """The prompt, from standard input for "-". Raises EdgeInferError where it is not text,
+    UsageError where there is none."""
+    if argument == "-":
+        prompt, source = _read_stdin(), "standard input"
+    else:
+        prompt, source = argument, "the prompt"
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise EdgeInferError("the prompt is not valid UTF-8; check the terminal's encoding")
-        return argument
+    if not (prompt if raw else prompt.strip()):  # blanks are something to go on from, but no question
+        raise UsageError(f"{source} is empty; there is nothing to answer")
+    return prompt
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        sys.stderr.write("Type the prompt; Ctrl+D on a line of its own ends it.\n")
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
     if len(data) > MAX_STDIN_BYTES:
         raise EdgeInferError(f"standard input is longer than {MAX_STDIN_BYTES // 2**20} MiB")

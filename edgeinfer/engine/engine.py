@@ -394,6 +394,7 @@ class Engine:
         for running in self._running:
             computed = running.tokens[: running.num_computed]
             shared = min(common_length(computed, list(prompt)), limit)
+            shared -= shared % self.runtime.facts.stable_chunk_tokens  # see RuntimeFacts
             if shared > length:
                 best, length = running, shared
         return best, length

@@ -5,8 +5,8 @@ rest of a prompt in chunks, one token to decode and a draft to verify are the sa
 
 One rule is there for exactness. A backend may compute steps of `stable_chunk` tokens or more with
 another kernel than smaller ones (llama.cpp's flash attention on the CPU does, from 64), whose results
-differ in the last bits. So small pieces (tokens to decode, drafts, short ends of prompts) and large
-ones (prefill chunks) never ride in one step: each request is computed as it would be alone.
+differ in the last bits. So small pieces (tokens to decode, drafts, short ends of prompts) share steps,
+a large one (a prefill chunk) has a step to itself, and each request is computed as it would be alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plan(demands: Sequence[Demand], limits: Limits, last_was_large: bool = False
     Small and large pieces take turns, so that nobody who waits for a token waits for more than one
     prefill chunk, and every prompt moves every other step. A prompt is never cut so that a piece of
     fewer than `stable_chunk` tokens comes about. A step with a demand always moves somebody, unless
-    every demand is larger than a step.
+    a draft is larger than a step.
     """
     if limits.stable_chunk <= 1:
         return _mixed(demands, limits)
@@ -58,9 +58,7 @@ def plan(demands: Sequence[Demand], limits: Limits, last_was_large: bool = False
     large = [d for d in demands if not d.decode and d.prompt >= limits.stable_chunk]
     if large and (last_was_large is False or not small):
         waiting = any(d.decode for d in small)
-        parts = _large(large, limits, waiting)
-        if parts:
-            return Plan(tuple(parts), True)
+        return Plan(tuple(_large(large, limits, waiting)), True)
     return Plan(tuple(_small(small, limits)))
 
 
@@ -101,31 +99,19 @@ def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:
 
 
 def _large(demands: Sequence[Demand], limits: Limits, waiting: bool) -> list[tuple[int, int]]:
-    """Prompts share the step evenly, the first ones first."""
+    """One prompt has the step: where a second one lies in it would change its last bits."""
     budget = limits.step_tokens
     if waiting:
         budget = min(budget, max(limits.prefill_beside_decode, 2 * limits.stable_chunk - 1))
-    parts: list[tuple[int, int]] = []
-    for index, demand in enumerate(demands):
-        share = max(budget // (len(demands) - index), min(limits.stable_chunk, budget))
-        tokens = chunk(demand.prompt, share, budget, limits.stable_chunk)
-        if tokens:
-            parts.append((demand.key, tokens))
-            budget -= tokens
-    return parts
+    first = demands[0]
+    return [(first.key, chunk(first.prompt, budget, limits.stable_chunk))]
 
 
-def chunk(remaining: int, share: int, budget: int, stable: int) -> int:
-    """Tokens to take of a prompt: about `share`, at most `budget`, leaving no piece below `stable`.
-
-    0 when only a piece that small would fit: the next step has room.
-    """
-    if remaining <= share:
+def chunk(remaining: int, budget: int, stable: int) -> int:
+    """Tokens to take of a prompt: as many as the budget (at least 2 x stable - 1) allows without
+    leaving a piece below `stable`."""
+    if remaining <= budget:
         return remaining
-    take = share
-    if remaining - take < stable:
-        take = remaining - stable
-    if take >= stable:
-        return take
-    # Too short to be cut in two: all of it or nothing.
-    return remaining if remaining <= budget else 0
+    return min(budget, remaining - stable)
+
+

@@ -40,12 +40,8 @@ def test_a_draft_is_taken_whole_or_not_at_all() -> None:
     assert plan([decode(1, 60), decode(2, 5), decode(3)], LIMITS).parts == ((1, 60), (3, 1))
 
 
-def test_prompts_share_a_step() -> None:
-    assert plan([prompt(1, 2000), prompt(2, 2000)], LIMITS).parts == ((1, 256), (2, 256))
-
-
-def test_a_prompt_that_needs_less_than_its_share_leaves_the_rest() -> None:
-    assert plan([prompt(1, 70), prompt(2, 2000)], LIMITS).parts == ((1, 70), (2, 442))
+def test_a_prefill_chunk_has_its_step_to_itself() -> None:
+    assert plan([prompt(1, 70), prompt(2, 2000)], LIMITS).parts == ((1, 70),)
 
 
 def test_a_prompt_is_not_cut_into_a_piece_below_the_stable_chunk() -> None:
@@ -58,9 +54,10 @@ def test_a_long_prompt_beside_streams_still_moves_when_the_machine_is_slow() -> 
     assert plan([decode(1), prompt(2, 1000)], slow).parts == ((2, 127),)
 
 
-def test_a_prompt_too_short_to_cut_waits_when_it_does_not_fit() -> None:
-    assert chunk(remaining=100, share=64, budget=80, stable=64) == 0
-    assert chunk(remaining=100, share=64, budget=100, stable=64) == 100
+def test_a_chunk_leaves_no_short_piece() -> None:
+    assert chunk(remaining=200, budget=127, stable=64) == 127
+    assert chunk(remaining=130, budget=127, stable=64) == 66
+    assert chunk(remaining=100, budget=127, stable=64) == 100
 
 
 def test_without_classes_prompts_ride_with_the_streams() -> None:

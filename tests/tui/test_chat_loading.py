@@ -113,6 +113,7 @@ async def test_leaving_after_a_load_error_is_an_error(drive: Drive) -> None:
 async def _leave_while_loading(drive: Drive, key: str) -> None:
     client = FakeClient(load_hold=threading.Event())
     async with drive(client) as driver:
+        await driver.until(lambda: "reading tensors" in driver.screen_text)
         await driver.pilot.press(key)
         await driver.pilot.pause()
     assert client.load_cancelled

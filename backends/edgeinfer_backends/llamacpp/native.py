@@ -27,6 +27,9 @@ KV_TYPES = {
 }
 QUANTIZED_KV = frozenset(KV_TYPES) - {"f32", "f16", "bf16"}
 
+# Cells beyond every sequence's context, so that sequences can be aligned to tiles (see cells.py).
+TILE_SLACK = 128
+
 # Sequences of our own beside the caller's: see runtime.py.
 RESERVED_SEQUENCES = 3
 MAX_NATIVE_SEQUENCES = 256  # LLAMA_MAX_SEQ (llama-cparams.h)
@@ -128,6 +131,8 @@ def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tupl
         raise LoadFailed(f"a {settings.kv_type_v} V cache needs flash attention, which is off")
     params = lib.llama_context_default_params()
     params.n_ctx = settings.context * settings.sequences
+    if settings.sequences > 1:
+        params.n_ctx += TILE_SLACK * settings.sequences
     params.n_batch = params.n_ubatch = min(settings.step_tokens, params.n_ctx)
     params.n_seq_max = sequences + RESERVED_SEQUENCES
     params.n_outputs_max = settings.logit_rows

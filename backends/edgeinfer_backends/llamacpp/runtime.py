@@ -41,9 +41,9 @@ from edgeinfer_models.model_files import ModelFiles
 if TYPE_CHECKING:
     from edgeinfer.backend import Logits
 
-# llama.cpp's flash attention takes its tiled kernel from this many rows on (ggml_fa_tile_config::Q,
-# ggml-cpu/ops.cpp, 0.3.36): chunks of at least as many rows give the same bits.
-STABLE_CHUNK_TOKENS = 64
+# llama.cpp's flash attention takes its tiled kernel from this many rows on, and its tiles are as many
+# cells wide (ggml_fa_tile_config::Q and ::KV, ggml-cpu/ops.cpp, 0.3.36).
+TILE = 64
 
 _SNAPSHOT = struct.Struct("<4sHHIII")  # magic, version, parts, start, stop, checksum of the part heads
 _SNAPSHOT_MAGIC = b"eiKV"
@@ -84,6 +84,13 @@ class LlamaCppRuntime(Runtime):
         self._vocab_size = self._tokenizer.vocab_size
         self._max_sequences = sequences
         self._scratch, self._grave, self._guard = sequences, sequences + 1, sequences + 2
+        # The tiled kernel takes unquantized K and V of one type (ggml_compute_forward_flash_attn_ext_f16).
+        self._is_tiled = (
+            settings.flash_attention
+            and settings.kv_type_k == settings.kv_type_v
+            and settings.kv_type_k in ("f16", "f32")
+        )
+        self._filler = b""  # one cell's state, to fill cells with
         self._window: int = max(0, lib.llama_model_n_swa(native.model))
         self._step_tokens: int = lib.llama_n_batch(self._ctx)
         self._table = CellTable(lib.llama_n_ctx(self._ctx))
@@ -120,7 +127,7 @@ class LlamaCppRuntime(Runtime):
             max_sequences=sequences,
             max_step_tokens=self._step_tokens,
             max_logit_rows=min(settings.logit_rows, self._step_tokens),
-            stable_chunk_tokens=STABLE_CHUNK_TOKENS,
+            stable_chunk_tokens=TILE,
             kv_type_k=settings.kv_type_k,
             kv_type_v=settings.kv_type_v,
             kv_bytes_per_token=cell_bytes,
@@ -173,6 +180,8 @@ class LlamaCppRuntime(Runtime):
         starts, counts, rows = self._check_step(step)
         total = step.num_tokens
         self._make_room(total)
+        if self._is_tiled and total >= TILE:
+            self._align(step.parts[0].sequence, total)
         padding = min(step.padding, self._table.room() - total, self._step_tokens - total)
         self._fill(step, padding)
         self._row_to_batch = rows
@@ -528,8 +537,39 @@ class LlamaCppRuntime(Runtime):
         if count > table.room() or wasteful:
             self._compact(count)
 
-    def _compact(self, _needed: int) -> None:
-        """Take out every live cell above the lowest dead one and put it back without gaps."""
+    def _align(self, sequence: int, count: int) -> None:
+        """Place what a prefill of `count` tokens will read and write as in a cache of the sequence's own,
+        if there is room for it."""
+        table = self._table
+        length = table.length(sequence)
+        start = table.first_untiled(sequence, TILE)
+        moving = length - start
+        if moving == 0 and (length % TILE or table.top % TILE == 0):
+            return  # the next cell continues the last tile, or begins one
+        if table.room() < moving + count + TILE:
+            self._compact(moving + count + TILE)
+            start = table.first_untiled(sequence, TILE)
+            moving = length - start
+            if table.room() < moving + count + TILE:
+                return
+        parts = self._extract(sequence, start, length) if moving else []
+        self._drop(sequence, start, length)
+        self._bury(-table.top % TILE)
+        for begin, end, payload in parts:
+            self._insert((sequence,), begin, end, payload)
+            table.append(sequence, end - begin)
+
+    def _bury(self, count: int) -> None:
+        """Fill `count` cells at the top with nothing anybody reads."""
+        for _ in range(count):
+            self._set_state(self._filler, self._scratch)
+            self._copy(self._scratch, self._grave, 0, -1)
+            self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        self._table.bury(count)
+
+    def _compact(self, needed: int) -> None:
+        """Take out every live cell above the lowest dead one and put it back without gaps but those that
+        keep tiles aligned, as far as `needed` cells remain."""
         table = self._table
         if table.dead == 0:
             return
@@ -543,7 +583,12 @@ class LlamaCppRuntime(Runtime):
             if first < table.length(sequence):
                 self._lib.llama_memory_seq_rm(self._memory, sequence, first, -1)
         table.lift(bottom)
+        spare = table.room() - sum(piece.stop - piece.start for piece, _ in taken) - needed
         for piece, parts in taken:
+            gap = (piece.start - table.top) % TILE
+            if self._is_tiled and gap <= spare:
+                self._bury(gap)
+                spare -= gap
             for start, stop, payload in parts:
                 self._insert(piece.owners, start, stop, payload)
                 table.put(piece, start, stop)
@@ -590,10 +635,7 @@ class LlamaCppRuntime(Runtime):
         """Put a part back at the top for its owners; the caller keeps the mirror."""
         lib = self._lib
         self._row_to_batch = []
-        buffer = (ctypes.c_uint8 * len(payload)).from_buffer_copy(payload)
-        # LLAMA_API size_t llama_state_seq_set_data(struct llama_context * ctx, const uint8_t * src,
-        #     size_t size, llama_seq_id dest_seq_id): 0 on failure
-        read = lib.llama_state_seq_set_data(self._ctx, buffer, len(payload), self._scratch)
+        read = self._set_state(payload, self._scratch)
         last = lib.llama_memory_seq_pos_max(self._memory, self._scratch)
         if read != len(payload) or last != stop - 1:
             lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
@@ -603,6 +645,15 @@ class LlamaCppRuntime(Runtime):
         for owner in owners:
             self._copy(self._scratch, owner, start, stop)
         lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+
+    def _set_state(self, payload: bytes, sequence: int) -> int:
+        """Bytes read; 0 if llama.cpp refused."""
+        # The C side only reads; a cast of the bytes saves a copy of megabytes.
+        data = ctypes.cast(ctypes.c_char_p(payload), ctypes.POINTER(ctypes.c_uint8))
+        # LLAMA_API size_t llama_state_seq_set_data(struct llama_context * ctx, const uint8_t * src,
+        #     size_t size, llama_seq_id dest_seq_id): 0 on failure
+        read: int = self._lib.llama_state_seq_set_data(self._ctx, data, len(payload), sequence)
+        return read
 
     def _native_positions(self, sequence: int) -> list[int]:
         """The positions of a sequence's cells in cell order, read from llama.cpp's state."""
@@ -626,6 +677,10 @@ class LlamaCppRuntime(Runtime):
                     f"{self._files.name}: the first step failed: {native_log.reason() or 'no reason'}"
                 )
             sizes.append(lib.llama_state_seq_get_size(self._ctx, self._scratch))
+            if index == 0:
+                buffer = (ctypes.c_uint8 * sizes[0])()
+                lib.llama_state_seq_get_data(self._ctx, buffer, sizes[0], self._scratch)
+                self._filler = bytes(buffer)
         lib.llama_memory_clear(self._memory, False)
         caches = 2 if self._window else 1
         # position, owner count and owner; M-RoPE models also keep an extension of three integers
