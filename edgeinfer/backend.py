@@ -70,7 +70,7 @@ class RuntimeSettings:
     threads: int = 0  # while decoding; 0: the backend's choice
     threads_batch: int = 0  # while prefilling
     gpu_layers: int = -1  # -1: all that fit; 0: none
-    mmap: bool = True
+    mmap: bool = True  # where it costs no second copy of the weights
     adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
 
 

@@ -48,6 +48,7 @@ class OpenOptions:
     sequences: int = 1
     cache_bytes: int = DEFAULT_CACHE_BYTES
     mmap: bool = True
+    remember: bool = False  # make it the model that is opened when none is named
 
     def __post_init__(self) -> None:
         """Raises UsageError naming the option."""

@@ -65,6 +65,8 @@ def chat(
     )
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} must be at least 1")
+    for option, text in (("--system", system), *(("--stop", text) for text in stop or ())):
+        options.check_text(option, text)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal; for pipes and scripts there is `edgeinfer run`")
     from edgeinfer_tui.run import run_chat

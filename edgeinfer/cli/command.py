@@ -13,7 +13,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from edgeinfer.cli.configured import FileDefaults, is_model_name, source_of
 from edgeinfer.cli.errors import INTERRUPTED, discard_stdout, report, report_error
-from edgeinfer.errors import EdgeInferError, ModelError
+from edgeinfer.config import ConfigInvalid
+from edgeinfer.errors import EdgeInferError, ModelError, UsageError
 
 # Any: typer carries a private copy of click from 0.26 on and uses the installed one before.
 Context = Any
@@ -51,9 +52,9 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except EdgeInferError as error:
-            code, message = _with_source(error, ctx)
-            report_error(error, message, json_output, debug=debug)
-            raise typer.Exit(code) from None
+            error = _with_source(error, ctx)
+            report_error(error, str(error), json_output, debug=debug)
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             report("interrupted", "stopped", json_output)
             raise typer.Exit(INTERRUPTED) from None
@@ -63,11 +64,12 @@ class Command(TyperCommand):
         except (typer.Exit, typer.Abort):
             raise
         except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
             try:
                 sys.stdout.flush()
-            except OSError:  # it is our output that cannot be written: the disk is full
+            except OSError:  # a full disk
                 discard_stdout()
-            where = f"{error.filename}: " if error.filename else ""
+                where = "the output cannot be written: "
             report_error(error, f"{where}{error.strerror or error}", json_output, debug=debug)
             raise typer.Exit(1) from None
         except Exception as error:
@@ -128,7 +130,7 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def report_parse_problem(problem: Exception, arguments: Sequence[str]) -> int:
     """The exit code, after one line about a command line that names no command."""
     if type(problem).__name__ == "NoArgsIsHelpError":
-        cast(Problem, problem).show()
+        cast(Any, problem).show()
     else:
         report("usage_error", _complaint(problem, arguments, "edgeinfer"), wants_json(arguments))
     return 2
@@ -190,18 +192,18 @@ def _no_such_command(name: str, commands: Sequence[str], *, is_root: bool) -> st
     return f"there is no command {name!r}; there are {', '.join(commands)}"
 
 
-def _with_source(error: EdgeInferError, ctx: Context) -> tuple[int, str]:
-    """Exit code and message of an error; a value that the user did not type names where it is from."""
+def _with_source(error: EdgeInferError, ctx: Context) -> EdgeInferError:
+    """The error, naming the variable or the place in the config file if the user did not type it."""
     message = str(error)
     named = re.match(r"--[a-z-]+", message)
     for param in ctx.command.params if named else ():
         if named is not None and named[0] in param.opts:
             source = source_of(ctx, param)
             if source is not None:
-                code = error.exit_code if source.startswith("EDGEINFER_") else 1
-                return code, source + message[named.end() :]
+                kind = UsageError if source.startswith("EDGEINFER_") else ConfigInvalid
+                return kind(source + message[named.end() :]).with_traceback(error.__traceback__)
     if isinstance(error, ModelError):
         chosen = FileDefaults.of(ctx).chosen_model()
         if chosen is not None and chosen.where:
-            message += f" (the model comes from {chosen.where})"
-    return error.exit_code, message
+            error.args = (f"{message} (the model comes from {chosen.where})",)
+    return error

@@ -50,7 +50,8 @@ class FileDefaults(dict[str, Any]):
         try:
             config = self._read()
         except ConfigInvalid:
-            if self._ctx.resilient_parsing:  # help and completion work all the same
+            # Help, completion and commands that run no model (doctor, to find this out) still work.
+            if self._ctx.resilient_parsing or set(self._keys.values()) <= {"json", "debug"}:
                 return None
             raise
         return config.lookup(key, () if key == "model" else self._names(config))
@@ -110,5 +111,4 @@ def _names_of(spec: str | None) -> tuple[str, ...]:
         from edgeinfer_models.store import last_used
 
         spec = last_used() or STARTER
-    path = Path(spec)
-    return (spec, path.stem if path.suffix == ".gguf" else path.name)
+    return (spec, Path(spec).name, Path(spec).stem)

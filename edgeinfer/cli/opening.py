@@ -41,6 +41,7 @@ def open_options(
         raise UsageError("--threads 0 is outside [1, 1024]")
     return OpenOptions(
         model=model,
+        remember=True,
         backend=backend,
         context=ctx,
         threads=wanted,

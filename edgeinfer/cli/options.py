@@ -37,6 +37,12 @@ def parse_count(option: str, text: str) -> int | None:
     return int(text)
 
 
+def check_text(option: str, text: str | None) -> None:
+    """Raises UsageError for bytes of the command line that were no text in its encoding."""
+    if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"{option} is not valid UTF-8; check the terminal's encoding")
+
+
 def _option(
     key: str, help_text: str, metavar: str | None, panel: str | None, *also: str, default: bool = True
 ) -> Any:

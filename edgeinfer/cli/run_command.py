@@ -88,6 +88,9 @@ def run(
         cache_ram=cache_ram,
     )
     prompt = _read_prompt(arguments[-1], raw=raw)
+    options.check_text("--system", system)
+    for text in stop or ():
+        options.check_text("--stop", text)
     messages = [Message("user", prompt)]
     if system is not None:
         messages.insert(0, Message("system", system))
@@ -203,8 +206,7 @@ def _read_prompt(argument: str, *, raw: bool) -> str:
         prompt, source = _read_stdin(), "standard input"
     else:
         prompt, source = argument, "the prompt"
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise EdgeInferError("the prompt is not valid UTF-8; check the terminal's encoding")
+        options.check_text(source, prompt)
     if not (prompt if raw else prompt.strip()):  # blanks are something to go on from, but no question
         raise UsageError(f"{source} is empty; there is nothing to answer")
     return prompt

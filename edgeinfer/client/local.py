@@ -87,7 +87,7 @@ class LocalClient(Client):
                 lambda fraction: self.report_progress(f"loading {plan.name}", fraction),
             )
             self._info = _model_info(plan, facts)
-            if plan.spec:
+            if plan.spec and self._options.remember:
                 with contextlib.suppress(OSError):  # a read-only home: remembering is a convenience
                     record_last_used(plan.spec)
             self.report_progress(f"loaded {plan.name}", 1.0)

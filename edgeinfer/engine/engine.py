@@ -139,6 +139,9 @@ class Engine:
         return events
 
     def _plan(self) -> list[tuple[RunningRequest, int]]:
+        if len(self._running) == 1 and not self._running[0].prompt_left:
+            self._last_was_large = False
+            return [(self._running[0], 1)]  # nothing to plan: the path of every token of a lone answer
         facts = self.runtime.facts
         beside = facts.max_step_tokens
         if self._prefill_s_per_token > 0.0:

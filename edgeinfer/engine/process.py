@@ -105,6 +105,7 @@ class EngineProcess:
                     "paths": [str(path) for path in files.paths],
                     "format": files.format,
                     "digest": files.digest,
+                    "weight_types": files.weight_types,
                 },
                 "settings": asdict(command.settings),
                 "max_running": command.max_running,

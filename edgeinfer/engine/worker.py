@@ -107,7 +107,11 @@ class Worker:
 
         wire = command["files"]
         files = ModelFiles(
-            wire["name"], tuple(Path(p) for p in wire["paths"]), wire["format"], wire["digest"]
+            wire["name"],
+            tuple(Path(p) for p in wire["paths"]),
+            wire["format"],
+            wire["digest"],
+            tuple((name, num_bytes) for name, num_bytes in wire["weight_types"]),
         )
         settings = dict(command["settings"])
         settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])

@@ -15,3 +15,4 @@ class ModelFiles:
     paths: tuple[Path, ...]  # the weights, shards in order
     format: ModelFormat
     digest: str = ""  # of the weights; "" until somebody needed it
+    weight_types: tuple[tuple[str, int], ...] = ()  # (tensor type, bytes); empty where not known

@@ -133,7 +133,10 @@ def _from_folder(folder: Path) -> ResolvedModel:
 def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
     header = read_gguf_model(path)
     config = config_from_gguf(header)
-    files = ModelFiles(name, header.shards, "gguf")
+    sizes: dict[str, int] = {}
+    for tensor in header.tensors:
+        sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.num_bytes
+    files = ModelFiles(name, header.shards, "gguf", weight_types=tuple(sorted(sizes.items())))
     return ResolvedModel(
         spec=str(path.absolute()),
         files=files,

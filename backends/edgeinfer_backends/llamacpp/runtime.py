@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import struct
 import threading
@@ -95,6 +96,11 @@ class LlamaCppRuntime(Runtime):
         self._step_tokens: int = lib.llama_n_batch(self._ctx)
         self._table = CellTable(lib.llama_n_ctx(self._ctx))
         self._row_to_batch: list[int] = []
+        # LLAMA_API float * llama_get_logits_ith(struct llama_context * ctx, int32_t i): as an address,
+        # a prototype of our own, for it is called for every token
+        prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        self._logits_address = prototype(("llama_get_logits_ith", lib._lib))
+        self._logit_views: dict[int, Logits] = {}
         self._free_handles = list(range(sequences - 1, -1, -1))
         self._batch = lib.llama_batch_init(self._step_tokens, 0, 1)
         as_array = np.ctypeslib.as_array
@@ -284,13 +290,17 @@ class LlamaCppRuntime(Runtime):
     def logits(self, row: int) -> Logits:
         if not 0 <= row < len(self._row_to_batch):
             raise ValueError(f"row {row}: the last step has {len(self._row_to_batch)} rows of logits")
-        # LLAMA_API float * llama_get_logits_ith(struct llama_context * ctx, int32_t i)
-        pointer = self._lib.llama_get_logits_ith(self._ctx, self._row_to_batch[row])
-        if not pointer:
+        address = self._logits_address(self._ctx, self._row_to_batch[row])
+        if not address:
             raise StepFailed(f"llama.cpp has no logits for row {row}")
-        address = ctypes.addressof(pointer.contents)
-        buffer = (ctypes.c_float * self._vocab_size).from_address(address)
-        return self._np.frombuffer(memoryview(buffer).cast("B"), dtype=self._np.float32)
+        view = self._logit_views.get(address)
+        if view is None:  # llama.cpp keeps one output buffer: each row has its place in it
+            if len(self._logit_views) > 2 * self._settings.logit_rows:
+                self._logit_views.clear()
+            buffer = (ctypes.c_float * self._vocab_size).from_address(address)
+            view = self._np.frombuffer(memoryview(buffer).cast("B"), dtype=self._np.float32)
+            self._logit_views[address] = view
+        return view
 
     def create_sampler(self, params: SamplingParams, seed: int) -> LlamaSampler:
         return LlamaSampler(params, seed, self._native.vocab, self._vocab_size)
@@ -300,7 +310,7 @@ class LlamaCppRuntime(Runtime):
             raise ValueError("the sampler is closed or belongs to another backend")
         logits = self.logits(row)
         best = int(logits.argmax())
-        if not self._np.isfinite(logits[best]):
+        if not math.isfinite(logits[best]):
             # samplers abort the process on NaN; a damaged file is the usual cause
             raise StepFailed("the model produced numbers that are not finite; is the file damaged?")
         if mask is not None:
