@@ -113,5 +113,3 @@ def chunk(remaining: int, budget: int, stable: int) -> int:
     if remaining <= budget:
         return remaining
     return min(budget, remaining - stable)
-
-

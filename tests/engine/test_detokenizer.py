@@ -54,7 +54,9 @@ def test_a_stop_string_that_begins_like_itself_is_found() -> None:
     assert fed([b"aa", b"ab"], ("aab",))[0] == "a"
 
 
-@given(st.text(max_size=60), st.lists(st.integers(1, 5), max_size=80), st.text("ab", min_size=1, max_size=4))
+@given(
+    st.text(max_size=60), st.lists(st.integers(1, 5), max_size=80), st.text("ab", min_size=1, max_size=4)
+)
 def test_any_cutting_into_tokens_gives_the_text_up_to_the_stop(
     text: str, sizes: list[int], stop: str
 ) -> None:

@@ -104,7 +104,17 @@ def test_a_request_starts_streams_and_ends() -> None:
     driver.submit(1, asked(tokens_of(1, 700), 5))
     driver.run()
     kinds = [type(event).__name__ for event in driver.events[1]]
-    assert kinds == ["Started", "Prefilled", "Prefilled", "Text", "Text", "Text", "Text", "Text", "Ended"]
+    assert kinds == [
+        "Started",
+        "Prefilled",
+        "Prefilled",
+        "Text",
+        "Text",
+        "Text",
+        "Text",
+        "Text",
+        "Ended",
+    ]
     stats = driver.stats(1)
     assert stats.finish_reason == "length"
     assert (stats.usage.prompt_tokens, stats.usage.completion_tokens) == (700, 5)

@@ -39,7 +39,9 @@ def engine(starter: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def run(engine: Engine, requests: dict[int, tuple[list[int], int]], stagger: int = 0) -> dict[int, Ended]:
+def run(
+    engine: Engine, requests: dict[int, tuple[list[int], int]], stagger: int = 0
+) -> dict[int, Ended]:
     ends: dict[int, Ended] = {}
 
     def keep(events: list) -> None:  # type: ignore[type-arg]
@@ -48,9 +50,7 @@ def run(engine: Engine, requests: dict[int, tuple[list[int], int]], stagger: int
                 ends[key] = event
 
     for key, (tokens, max_tokens) in requests.items():
-        request = Request(
-            tokens=tuple(tokens), max_tokens=max_tokens, sampling=GREEDY, ignore_eos=True
-        )
+        request = Request(tokens=tuple(tokens), max_tokens=max_tokens, sampling=GREEDY, ignore_eos=True)
         keep(engine.submit(key, request, tokens))
         for _ in range(stagger):
             keep(engine.step())
@@ -66,9 +66,7 @@ def text_tokens(engine: Engine, start: int, characters: int) -> list[int]:
 
 
 def test_answers_together_are_those_alone(engine: Engine, starter: Path) -> None:
-    requests = {
-        key: (text_tokens(engine, 700 * key, 150 + 500 * key), 10 + 8 * key) for key in range(5)
-    }
+    requests = {key: (text_tokens(engine, 700 * key, 150 + 500 * key), 10 + 8 * key) for key in range(5)}
     together = run(engine, requests, stagger=4)
     for key, request in requests.items():
         runtime = load(starter)
@@ -111,14 +109,14 @@ def test_a_prompt_is_aborted_inside_a_step(starter: Path) -> None:
 def test_a_chat_of_two_turns_prefills_only_the_new_tokens(starter: Path) -> None:
     with LocalClient(OpenOptions(model=str(starter), context=1024)) as client:
         history = [Message("user", "Name three colours, separated by commas.")]
-        first = client.start(
-            Request(messages=tuple(history), sampling=GREEDY, max_tokens=40)
-        ).result().stats
+        first = (
+            client.start(Request(messages=tuple(history), sampling=GREEDY, max_tokens=40)).result().stats
+        )
         assert first.text.strip()
         history += [Message("assistant", first.text), Message("user", "And three animals.")]
-        second = client.start(
-            Request(messages=tuple(history), sampling=GREEDY, max_tokens=20)
-        ).result().stats
+        second = (
+            client.start(Request(messages=tuple(history), sampling=GREEDY, max_tokens=20)).result().stats
+        )
     new = second.usage.prompt_tokens - second.usage.cached_tokens
     assert second.cache.tier == "live"
     assert second.usage.cached_tokens >= first.usage.prompt_tokens + first.usage.completion_tokens - 1
