@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, cast
@@ -12,7 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from edgeinfer.cli.configured import FileDefaults, is_model_name, source_of
-from edgeinfer.cli.errors import INTERRUPTED, discard_stdout, report, report_error
+from edgeinfer.cli.errors import INTERRUPTED, report, report_error
+from edgeinfer.cli.output import discard_stdout
 from edgeinfer.config import ConfigInvalid
 from edgeinfer.errors import EdgeInferError, ModelError, UsageError
 
@@ -65,11 +65,6 @@ class Command(TyperCommand):
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            try:
-                sys.stdout.flush()
-            except OSError:  # a full disk
-                discard_stdout()
-                where = "the output cannot be written: "
             report_error(error, f"{where}{error.strerror or error}", json_output, debug=debug)
             raise typer.Exit(1) from None
         except Exception as error:

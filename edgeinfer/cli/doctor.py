@@ -6,17 +6,16 @@ import sys
 from typing import Any
 
 from edgeinfer.cli import options
+from edgeinfer.cli.output import emit, emit_json
 
 
 def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
     """Show the machine, the backends, the models, the config file."""
     findings = examine()
     if json_output:
-        from edgeinfer.cli.output import emit_json
-
         emit_json(findings)
     else:
-        sys.stdout.write(render(findings))
+        emit(render(findings))
 
 
 def examine() -> dict[str, Any]:

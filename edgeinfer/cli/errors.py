@@ -11,6 +11,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def report_error(error: Exception, message: str, json_output: bool, *, debug: bool) -> None:
+    from edgeinfer.cli.output import OutputFailed
+
     if debug or os.environ.get("EDGEINFER_DEBUG"):
         import traceback
 
@@ -19,23 +21,21 @@ def report_error(error: Exception, message: str, json_output: bool, *, debug: bo
         kind = error.type
     else:
         kind = "io_error" if isinstance(error, OSError) else "internal_error"
-    report(kind, message, json_output)
+    report(kind, message, json_output and not isinstance(error, OutputFailed))
 
 
 def report(kind: str, message: str, json_output: bool) -> None:
+    from edgeinfer.cli.output import OutputFailed, discard_stdout, emit_json
+
     line = one_line(message)
     if json_output:
-        from edgeinfer.cli.output import emit_json
-
         try:
             emit_json({"error": {"type": kind, "message": line}})
-        except OSError:  # nobody reads, or the disk is full: there is no better place to say it
+            return
+        except BrokenPipeError:
             discard_stdout()
-    else:
-        sys.stderr.write(f"edgeinfer: {line}\n")
-        sys.stderr.flush()
-
-
-def discard_stdout() -> None:
-    """After a write that failed: what is still buffered would be tried, and complained about, again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        except OutputFailed as error:
+            line = f"{line}; {error}"
+    sys.stderr.write(f"edgeinfer: {line}\n")
+    sys.stderr.flush()

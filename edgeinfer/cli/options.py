@@ -24,7 +24,7 @@ def parse_size(option: str, text: str) -> int:
         r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE
     )
     if match is None:
-        raise UsageError(f"{option} {text!r} is not a size; write for example 512M or 2G")
+        raise UsageError(f"{option} {text[:40]!r} is not a size; write for example 512M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -33,7 +33,7 @@ def parse_count(option: str, text: str) -> int | None:
     if text.strip().lower() == "auto":
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
-        raise UsageError(f"{option} {text!r} is neither a number nor 'auto'")
+        raise UsageError(f"{option} {text[:40]!r} is neither a number nor 'auto'")
     return int(text)
 
 

@@ -9,13 +9,33 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from edgeinfer.errors import one_line
+from edgeinfer.errors import EdgeInferError, one_line
+
+
+class OutputFailed(EdgeInferError):
+    """Standard output takes no more: the disk is full, or the device has gone."""
+
+
+def emit(text: str) -> None:
+    """Text on stdout, now. Raises BrokenPipeError if the reader has gone, OutputFailed."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise OutputFailed(f"the output cannot be written: {error.strerror or error}") from None
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout, on one line, ASCII (any terminal and any locale can carry it)."""
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    emit(json.dumps(value) + "\n")
+
+
+def discard_stdout() -> None:
+    """After a write that failed: what is still buffered would be tried, and complained about, again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -137,48 +141,58 @@ def _answer(
     quiet: bool,
     json_output: bool,
 ) -> None:
-    from edgeinfer.cli.output import emit_json, printable
+    from edgeinfer.cli.output import emit, emit_json, printable
     from edgeinfer.client import Ended, Prefilled, Text
 
     on_terminal = sys.stdout.isatty()
     generation = client.start(request)
-    ended: Ended | None = None
-    interrupted = False
-    events = generation.events()
-    while ended is None:
-        try:
-            for event in events:
-                if isinstance(event, Prefilled):
-                    status.show(f"reading the prompt … {event.done / event.total:.0%}")
-                elif isinstance(event, Text):
-                    status.clear()
-                    if not json_output:
-                        sys.stdout.write(printable(event.text) if on_terminal else event.text)
-                        sys.stdout.flush()
-                elif isinstance(event, Ended):
-                    ended = event
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            generation.cancel()
-            events = generation.events()
+    with _first_interrupt(generation.cancel) as interrupted:
+        for event in generation.events():
+            if isinstance(event, Prefilled):
+                status.show(f"reading the prompt … {event.done / event.total:.0%}")
+            elif isinstance(event, Text):
+                status.clear()
+                if not json_output:
+                    emit(printable(event.text) if on_terminal else event.text)
+            elif isinstance(event, Ended):
+                ended = event
     status.clear()
     if ended.outcome == "failed":
         if not json_output and ended.stats.text:
-            sys.stdout.write("\n")
+            emit("\n")
         raise _failure(ended)
     if json_output:
         emit_json(ended.stats.as_json())
     else:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        emit("\n")
         if not quiet:
             sys.stderr.write(one_line(summary(ended.stats, info)) + "\n")
             for warning in ended.stats.warnings:
                 sys.stderr.write(f"edgeinfer: warning: {one_line(warning)}\n")
-    if interrupted:
+    if interrupted.is_set():
         raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _first_interrupt(act: Callable[[], None]) -> Iterator[Event]:
+    """The first Ctrl+C inside calls `act` and sets the event, so that no exception can fall between two
+    events of an answer; a second one is KeyboardInterrupt."""
+    happened = Event()
+    if current_thread() is not main_thread():
+        yield happened
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        if happened.is_set():
+            raise KeyboardInterrupt
+        happened.set()
+        act()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield happened
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _failure(ended: Ended) -> EdgeInferError:

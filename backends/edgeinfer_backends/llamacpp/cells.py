@@ -61,6 +61,11 @@ class CellTable:
     def length(self, sequence: int) -> int:
         return len(self._cells[sequence])
 
+    def length_of(self, sequence: int) -> int | None:
+        """None if there is no such sequence."""
+        cells = self._cells.get(sequence)
+        return None if cells is None else len(cells)
+
     def room(self) -> int:
         """Cells that can be filled without compaction."""
         return self.size - self.top

@@ -31,8 +31,8 @@ _device_kinds: dict[int, Any] = {0: "cpu", 1: "gpu", 2: "gpu", 3: "npu"}  # enum
 
 
 class NativeLog:
-    """Receives every line llama.cpp and ggml print. Keeps the last errors, to explain a failure, and what
-    was said about memory."""
+    """Receives every line llama.cpp and ggml print. Keeps the last errors, to explain a failure, and
+    what was said about memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

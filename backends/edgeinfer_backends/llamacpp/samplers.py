@@ -18,7 +18,7 @@ class LlamaSampler:
         for token, _ in params.logit_bias:
             if token >= vocab_size:
                 raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
-        self.params = params
+        self.is_plain_argmax = params.is_plain_argmax  # asked for every token
         self._seed = seed
         self._vocab_size = vocab_size
         self._lib = library()

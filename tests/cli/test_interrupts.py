@@ -1,0 +1,163 @@
+"""Ctrl+C at twenty points of a real run: one line, exit code 130, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Console, Script
+
+_PATIENCE_S = 120.0
+STARTED, LOADING, READING = "", "loading ", "reading the prompt"
+LONG_PROMPT = "Tell me what these words have in common: " + "river mountain lamp stone " * 600
+
+# (what is on the status line, or how many characters of the answer are out; then seconds until Ctrl+C)
+POINTS: list[tuple[str | int, float]] = [
+    *((STARTED, delay) for delay in (0.06, 0.12, 0.2, 0.3, 0.4, 0.5)),
+    *((LOADING, delay) for delay in (0.0, 0.03, 0.08, 0.15)),
+    *((READING, delay) for delay in (0.0, 0.1, 0.3, 0.7, 1.5)),
+    *((count, 0.0) for count in (1, 2, 40, 200, 400)),
+]
+
+
+class Session:
+    """A run whose stdout is a pipe and whose stderr is a terminal, both read as they come."""
+
+    def __init__(self, console: Console, *arguments: str | Path, stdin: str = "") -> None:
+        master, slave = os.openpty()
+        self.out, self.err = b"", b""
+        self.process = console.start(
+            *arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        stdout = self.process.stdout.fileno()
+        self._readers = [
+            threading.Thread(target=self._collect, args=("out", lambda: os.read(stdout, 4096))),
+            threading.Thread(target=self._collect, args=("err", lambda: os.read(master, 4096))),
+        ]
+        for reader in self._readers:
+            reader.start()
+        self._master = master
+        self.process.stdin.write(stdin.encode())
+        self.process.stdin.close()
+
+    def _collect(self, name: str, read: Callable[[], bytes]) -> None:
+        while True:
+            try:
+                data = read()
+            except OSError:  # how the end of a terminal is told
+                return
+            if not data:
+                return
+            setattr(self, name, getattr(self, name) + data)
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not happened():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"never came: {self.out[-200:]!r} {self.err[-500:]!r}")
+            time.sleep(0.002)
+
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> int:
+        """The exit code, when everything was read."""
+        code = self.process.wait(_PATIENCE_S)
+        for reader in self._readers:
+            reader.join(_PATIENCE_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        os.close(self._master)
+        return code
+
+    @property
+    def last_words(self) -> list[str]:
+        """What stays on the terminal: lines as rewritten, without a cleared status line."""
+        text = self.err.decode().replace("\r\n", "\n")
+        shown = [re.split(r"\r", line)[-1].strip() for line in text.split("\n")]
+        return [line for line in shown if line]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_ctrl_c_ends_a_real_run_in_one_line(
+    console: Console, starter: Path, point: tuple[str | int, float]
+) -> None:
+    what, delay = point
+    session = Session(console, "run", "--temp", "0", "--ctx", "4096", starter, "-", stdin=LONG_PROMPT)
+    if isinstance(what, int):
+        session.until(lambda: len(session.out) >= what)
+    else:
+        session.until(lambda: what.encode() in session.err)
+    time.sleep(delay)
+    session.interrupt()
+    assert session.end() == 130
+    assert b"Traceback" not in session.err + session.out
+    assert b"Exception" not in session.err
+    assert len(session.last_words) == 1, session.err
+    assert "stopped" in session.last_words[0]
+    console.wait_until_nothing_runs()
+
+
+def test_ctrl_c_keeps_what_was_answered(console: Console, script: Script) -> None:
+    slow = script(answers={"*": "word " * 500}, step_s=0.02)
+    session = Session(console, "run", *slow, "hi")
+    session.until(lambda: len(session.out) >= 10)
+    session.interrupt()
+    assert session.end() == 130
+    assert session.out.startswith(b"word word ") and session.out.endswith(b"\n")
+    assert session.last_words[0].endswith("; stopped]")
+    console.wait_until_nothing_runs()
+
+
+def test_ctrl_c_with_json_is_one_object(console: Console, script: Script) -> None:
+    slow = script(answers={"*": "word " * 500}, step_s=0.02)
+    session = Session(console, "run", "--json", *slow, "hi")
+    session.until(lambda: b"reading the prompt" in session.err)
+    session.interrupt()
+    assert session.end() == 130
+    assert session.out.count(b"\n") == 1
+    assert b'"finish_reason": "cancelled"' in session.out
+    assert session.last_words == []
+
+
+def test_two_ctrl_c_in_a_row_are_no_worse_than_one(console: Console, script: Script) -> None:
+    slow = script(answers={"*": "word " * 500}, step_s=0.5, without=["abort"])
+    session = Session(console, "run", *slow, "hi")
+    session.until(lambda: b"reading the prompt" in session.err)
+    for _ in range(5):
+        session.interrupt()
+        time.sleep(0.02)
+    assert session.end() == 130
+    assert b"Traceback" not in session.err
+    assert len(session.last_words) <= 1
+    console.wait_until_nothing_runs()
+
+
+def test_ctrl_c_while_a_template_loops_does_not_wait_for_it(console: Console, tmp_path: Path) -> None:
+    from tests.cli.test_bad_input import LOOP
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    session = Session(console, "run", write_tiny_gguf(tmp_path / "tiny.gguf", template=LOOP), "hi")
+    session.until(lambda: b"loaded" in session.err or b"loading tiny" in session.err)
+    time.sleep(0.5)
+    session.interrupt()
+    assert session.end() == 130
+    assert b"Traceback" not in session.err
+    assert len(session.last_words) == 1
+    console.wait_until_nothing_runs()
