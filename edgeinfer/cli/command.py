@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from edgeinfer.cli.output import discard_stdout
 from edgeinfer.config import ConfigInvalid
 from edgeinfer.errors import EdgeInferError, ModelError, UsageError
 
-# Any: typer carries a private copy of click from 0.26 on and uses the installed one before.
+# Any: newer typers carry a private copy of click, older ones use the installed one.
 Context = Any
 Formatter = Any
 Problem = Any
@@ -78,7 +79,7 @@ class Command(TyperCommand):
             raise typer.Exit(1) from None
 
     def format_options(self, ctx: Context, formatter: Formatter) -> None:
-        """Options under the headings their `rich_help_panel` names, without rich (0.2 s to import)."""
+        """Options under the headings their `rich_help_panel` names, without importing rich."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         others: list[tuple[str, str]] = []
         for param in self.get_params(ctx):
@@ -107,13 +108,33 @@ class RunCommand(Command):
 
 
 class Group(TyperGroup):
-    """Says what to write where the first word is no command."""
+    """Says what to write where the first word is no command, and that it was stopped where Ctrl+C comes
+    before a command runs."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Context = None, **extra: Any
+    ) -> Context:
+        with _one_line_if_interrupted():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Context) -> Any:
+        with _one_line_if_interrupted():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Context, args: list[str]) -> Any:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             ctx.fail(_no_such_command(name, self.list_commands(ctx), is_root=ctx.parent is None))
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _one_line_if_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        report("interrupted", "stopped", json_output=False)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

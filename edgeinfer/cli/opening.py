@@ -35,7 +35,9 @@ def open_options(
         ("--kv-type-v", kv_type_v),
     ):
         if name is not None and name not in KV_TYPES:
-            raise UsageError(f"{option} {name[:40]!r} is not a KV cache type; one of {', '.join(KV_TYPES)}")
+            raise UsageError(
+                f"{option} {name[:40]!r} is not a KV cache type; one of {', '.join(KV_TYPES)}"
+            )
     wanted = parse_count("--threads", threads)
     if wanted == 0:
         raise UsageError("--threads 0 is outside [1, 1024]")

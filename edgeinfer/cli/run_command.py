@@ -14,11 +14,11 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.configured import FileDefaults, is_model_name
 from edgeinfer.cli.errors import INTERRUPTED
-from edgeinfer.errors import EdgeInferError, UsageError, error_from_wire, one_line
+from edgeinfer.errors import EdgeInferError, RequestFailed, UsageError, error_from_wire, one_line
 
 if TYPE_CHECKING:
     from edgeinfer.cli.output import StatusLine
-    from edgeinfer.client import Client, Ended, ModelInfo, Request, RunStats
+    from edgeinfer.client import Client, Ended, Generation, ModelInfo, Request, RunStats
 
 MAX_STDIN_BYTES = 64 * 2**20
 
@@ -142,24 +142,22 @@ def _answer(
     json_output: bool,
 ) -> None:
     from edgeinfer.cli.output import emit, emit_json, printable
-    from edgeinfer.client import Ended, Prefilled, Text
 
     on_terminal = sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        if not json_output:
+            emit(printable(text) if on_terminal else text)
+
     generation = client.start(request)
     with _first_interrupt(generation.cancel) as interrupted:
-        for event in generation.events():
-            if isinstance(event, Prefilled):
-                status.show(f"reading the prompt … {event.done / event.total:.0%}")
-            elif isinstance(event, Text):
-                status.clear()
-                if not json_output:
-                    emit(printable(event.text) if on_terminal else event.text)
-            elif isinstance(event, Ended):
-                ended = event
+        ended = _follow(generation, status, show)
     status.clear()
     if ended.outcome == "failed":
         if not json_output and ended.stats.text:
             emit("\n")
+        if interrupted.is_set():  # it failed on its way to the end that was asked for
+            raise KeyboardInterrupt
         raise _failure(ended)
     if json_output:
         emit_json(ended.stats.as_json())
@@ -171,6 +169,21 @@ def _answer(
                 sys.stderr.write(f"edgeinfer: warning: {one_line(warning)}\n")
     if interrupted.is_set():
         raise typer.Exit(INTERRUPTED)
+
+
+def _follow(generation: Generation, status: StatusLine, show: Callable[[str], None]) -> Ended:
+    """Show an answer as it comes; its last event."""
+    from edgeinfer.client import Ended, Prefilled, Text
+
+    for event in generation.events():
+        if isinstance(event, Prefilled):
+            status.show(f"reading the prompt … {event.done / event.total:.0%}")
+        elif isinstance(event, Text):
+            status.clear()
+            show(event.text)
+        elif isinstance(event, Ended):
+            return event
+    raise RequestFailed("the answer broke off without an end")
 
 
 @contextmanager

@@ -33,7 +33,6 @@ class _Pending:
     on_event: Callable[[Event], None]
     request: Request
     started: float
-    cancelled: bool = False
     sent_to: EngineProcess | None = None
 
 
@@ -153,8 +152,7 @@ class LocalClient(Client):
                 self.load()  # the worker died, or nobody loaded yet
             rendered = self._render(pending.request)
             with self._lock:
-                if pending.cancelled:
-                    self._end(key, "cancelled", None)
+                if key not in self._pending:  # cancelled meanwhile
                     return
                 process = self._process
                 if process is None:
@@ -193,9 +191,10 @@ class LocalClient(Client):
             pending = self._pending.get(key)
             if pending is None:
                 return
-            pending.cancelled = True
             if pending.sent_to is not None:
                 pending.sent_to.cancel(key)
+                return
+        self._end(key, "cancelled", None)  # nobody has it yet: it ends here, loading or not
 
     # -- events, from the worker's reader thread -------------------------------------------------
 
