@@ -2,12 +2,13 @@
 
 Each goes the way `edgeinfer run` takes it: checked in this process, then loaded by a worker process that
 is kept from one to the next (10,000 interpreter starts would take hours), then asked for four tokens. A
-sample also goes through the real command.
+sample also goes through the real command, and one through the real chat.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from benchmarks.verdict import Bar, run_bar
 from edgeinfer.client import LocalClient, Message, OpenOptions, Request
 from edgeinfer.errors import EdgeInferError, LoadFailed, WorkerDied
 from edgeinfer.open import plan_open
+from edgeinfer_tui import ChatApp
+from edgeinfer_tui.status_line import StatusLine
 
 CASES, SAMPLE = 10_000, 100
 CASE_TIMEOUT_S = 60.0
@@ -137,6 +140,42 @@ def run_command(path: Path, data: bytes) -> Outcome:
     return Outcome(EARLY, errors.strip())
 
 
+def run_chat(path: Path, data: bytes) -> Outcome:
+    """The same in the real chat, without a terminal: loaded, asked, left."""
+    path.write_bytes(data)
+    try:
+        return asyncio.run(asyncio.wait_for(_chat(path), CASE_TIMEOUT_S))
+    except TimeoutError:
+        return Outcome(HUNG, "the chat")
+    except Exception as error:
+        return Outcome(UNEXPECTED, f"the chat: {error!r}")
+
+
+async def _chat(path: Path) -> Outcome:
+    client = LocalClient(OpenOptions(model=str(path), context=256, threads=1))
+    app = ChatApp(client, system=None, sampling=GREEDY, max_tokens=4, model_label=path.name)
+    async with app.run_test(size=(80, 24)) as pilot:
+
+        async def settled(*states: str) -> str:
+            while (state := app.screen_stack[0].query_one(StatusLine).figures.state) not in states:
+                await pilot.pause(0.02)
+            return state
+
+        if await settled("ready", "no model") == "no model":
+            outcome = Outcome(EARLY, app.load_error)
+            if not app.load_error.strip() or "\n" in app.load_error:
+                outcome = Outcome(NOT_ONE_LINE, repr(app.load_error))
+        else:
+            await pilot.press("h", "i", "enter")
+            await pilot.pause(0.05)
+            ended = await settled("ready", "failed")
+            outcome = Outcome(ANSWERED if ended == "ready" else REFUSED)
+        app.leave()
+    if app.crash is not None:
+        return Outcome(UNEXPECTED, f"the chat: {app.crash!r}")
+    return outcome
+
+
 def measure(bar: Bar) -> None:
     cases: int = bar.options.cases
     original = _tiny_model()
@@ -178,18 +217,26 @@ def measure(bar: Bar) -> None:
             commands[outcome.kind] += 1
             if outcome.kind in BAD:
                 kept.append(f"command, case {number}: {outcome.kind}: {outcome.detail}")
+        chats: Counter[str] = Counter()
+        for index in range(bar.options.chats):
+            number = bar.options.first + index * max(1, cases // max(1, bar.options.chats)) + 7
+            outcome = run_chat(Path(folder) / "damaged.gguf", mutator.mutate(number)[1])
+            chats[outcome.kind] += 1
+            if outcome.kind in BAD:
+                kept.append(f"chat, case {number}: {outcome.kind}: {outcome.detail}")
     bar.details["examples"] = examples
-    _report(bar, outcomes, by_mutation, commands, kept, time.monotonic() - begin)
+    _report(bar, outcomes, by_mutation, {"commands": commands, "chats": chats}, kept, begin)
 
 
 def _report(
     bar: Bar,
     outcomes: Counter[str],
     by_mutation: dict[str, Counter[str]],
-    commands: Counter[str],
+    samples: dict[str, Counter[str]],
     kept: list[str],
-    seconds: float,
+    begin: float,
 ) -> None:
+    seconds = time.monotonic() - begin
     bar.say(f"\n{outcomes.total()} damaged files in {seconds:.0f} s, seed {bar.options.seed}")
     mutations = sorted(by_mutation)
     rows = [("outcome", "all", *mutations)]
@@ -200,15 +247,14 @@ def _report(
     bar.say(f"  worker deaths, each reported to its request: {deaths}")
     for kind, example in bar.details["examples"].items():
         bar.say(f"  {kind}, for example {example}")
-    bar.say(
-        f"through the command: {commands[ANSWERED]} answered, {commands[EARLY]} one line and exit code 1"
-    )
+    for name, sample in samples.items():
+        bar.say(f"  {sample.total()} as {name}: {dict(sample)}")
     for line in kept[:40]:
         bar.say(f"  {line}")
     bar.details.update(
         outcomes=dict(outcomes),
         by_mutation={m: dict(c) for m, c in by_mutation.items()},
-        commands=dict(commands),
+        samples={name: dict(sample) for name, sample in samples.items()},
         notable=kept,
         seconds=seconds,
     )
@@ -216,8 +262,9 @@ def _report(
     bar.require(
         f"{outcomes.total() - bad} of {outcomes.total()} end in an answer or in one line", bad == 0
     )
-    wrong = sum(commands[kind] for kind in BAD)
-    bar.require(f"{commands.total() - wrong} of {commands.total()} commands do, too", wrong == 0)
+    for name, sample in samples.items():
+        wrong = sum(sample[kind] for kind in BAD)
+        bar.require(f"{sample.total() - wrong} of {sample.total()} {name} do, too", wrong == 0)
 
 
 def _tiny_model() -> bytes:
@@ -237,6 +284,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=CASES)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--sample", type=int, default=SAMPLE, help="cases also run through the command")
+    parser.add_argument("--chats", type=int, default=SAMPLE, help="cases also run in the chat")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="folder for files that killed or hung a worker")
 

