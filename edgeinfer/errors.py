@@ -2,6 +2,8 @@
 
     EdgeInferError
     ├── UsageError                an option or argument that cannot be right (exit code 2)
+    ├── ConfigInvalid             the configuration file (edgeinfer/config.py)
+    ├── OutputFailed              stdout cannot be written (edgeinfer/cli/output.py)
     ├── ModelError
     │   ├── ModelNotFound         no such name, file or folder
     │   ├── ModelFileInvalid      truncated, wrong magic, lying header, not a model at all

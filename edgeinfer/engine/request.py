@@ -56,9 +56,9 @@ class Request:
         if self.max_tokens is not None and not 1 <= self.max_tokens <= 2**31 - 1:
             raise UsageError(f"--max-tokens {self.max_tokens} must be at least 1")
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise UsageError(f"{len(self.stop)} stop strings; at most {MAX_STOP_STRINGS} are taken")
+            raise UsageError(f"--stop: {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are taken")
         if any(not s or len(s) > MAX_STOP_CHARACTERS for s in self.stop):
-            raise UsageError(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+            raise UsageError(f"--stop: a string must have 1 to {MAX_STOP_CHARACTERS} characters")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise UsageError(f"logprobs {self.logprobs} is outside [0, 20]")
 

@@ -114,7 +114,11 @@ class TemplateRenderer:
         return self._process.pid if self._process is not None else None
 
     def close(self) -> None:
-        """End the process. Idempotent; a later render starts another."""
+        """End the process, and a rendering under way with it. Idempotent; a later render starts
+        another."""
+        process = self._process
+        if process is not None and self._lock.locked():
+            process.kill()  # or the lock would come with the rendering's time limit only
         with self._lock:
             self._stop()
 
