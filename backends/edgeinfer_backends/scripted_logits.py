@@ -43,7 +43,7 @@ class RowLogits:
             scores[pinned] = scores.max() + _PINNED
         if not row.is_in_order:
             scores += self._order_noise * (2.0 * uniform(row.state ^ 1, len(scores)) - 1.0)
-        return scores.astype(np.float32)
+        return np.asarray(scores, dtype=np.float32)
 
 
 def uniform(state: int, size: int) -> npt.NDArray[np.float64]:
