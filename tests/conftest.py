@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Run in the background (`make test &`, nohup), pytest and all it starts would ignore these, and what is
+# tested about Ctrl+C and a closed terminal would not be what a user has.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Machines are noisy, this one most of all: no test may depend on how long an example takes.
 settings.register_profile("edgeinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
