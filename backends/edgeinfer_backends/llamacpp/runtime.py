@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 # cells wide (ggml_fa_tile_config::Q and ::KV, ggml-cpu/ops.cpp, 0.3.36).
 TILE = 64
 
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+
 _FIRST_ROW = [0]
 _ONE_ROW = StepResult((0,), (1,))
 
@@ -537,10 +541,21 @@ class LlamaCppRuntime(Runtime):
         self._check_range(sequence, start, stop)
         if not 0 < stop - start <= BLOCK_TOKENS:
             raise ValueError(f"a snapshot holds 1 to {BLOCK_TOKENS} positions, not {stop - start}")
-        parts = self._extract(sequence, start, stop)
-        body = b"".join(_PART.pack(a, b, len(payload)) + payload for a, b, payload in parts)
-        check = _head_checksum(body)
-        return _SNAPSHOT.pack(_SNAPSHOT_MAGIC, 1, len(parts), start, stop, check) + body
+        if not self._window or stop - start <= self._window:
+            # One part, as nearly always: written where it stays (copying megabytes takes milliseconds).
+            head = _SNAPSHOT.size + _PART.size
+            data = self._extract_part(sequence, start, stop, head)
+            _overwrite(data, _SNAPSHOT.size, _PART.pack(start, stop, len(data) - head))
+            parts = 1
+        else:
+            pieces = [bytes(_SNAPSHOT.size)]
+            extracted = self._extract(sequence, start, stop)
+            for a, b, payload in extracted:
+                pieces += [_PART.pack(a, b, len(payload)), payload]
+            data, parts = b"".join(pieces), len(extracted)
+        check = _head_checksum(memoryview(data)[_SNAPSHOT.size :])
+        _overwrite(data, 0, _SNAPSHOT.pack(_SNAPSHOT_MAGIC, 1, parts, start, stop, check))
+        return data
 
     def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
         self._check_sequence(sequence)
@@ -549,9 +564,9 @@ class LlamaCppRuntime(Runtime):
         if num_positions > self._table.reclaimable():
             raise OutOfCells(f"no {num_positions} free cells to restore into")
         self._make_room(num_positions)
-        for start, stop, data in parts:
+        for start, stop, offset, size in parts:
             try:
-                self._insert((sequence,), start, stop, data)
+                self._insert((sequence,), start, stop, payload, offset, size)
             except SnapshotRejected:
                 self._drop(sequence, begin, self._table.length(sequence))
                 raise
@@ -622,7 +637,7 @@ class LlamaCppRuntime(Runtime):
     def _bury(self, count: int) -> None:
         """Fill `count` cells at the top with nothing anybody reads."""
         for _ in range(count):
-            self._set_state(self._filler, self._scratch)
+            self._set_state(self._filler, self._scratch, 0, len(self._filler))
             self._copy(self._scratch, self._grave, 0, -1)
             self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         self._table.bury(count)
@@ -673,31 +688,49 @@ class LlamaCppRuntime(Runtime):
     def _extract(self, sequence: int, start: int, stop: int) -> list[tuple[int, int, bytes]]:
         """Positions [start, stop) as llama.cpp's sequence state, in parts no longer than the sliding
         window (llama.cpp leaves out what its window has passed)."""
-        lib = self._lib
         size = self._window or (stop - start)
-        parts = []
-        for begin in range(start, stop, size):
-            end = min(begin + size, stop)
-            self._copy(sequence, self._scratch, begin, end)
-            # LLAMA_API size_t llama_state_seq_get_size(struct llama_context * ctx, llama_seq_id id)
-            num_bytes = lib.llama_state_seq_get_size(self._ctx, self._scratch)
-            buffer = (ctypes.c_uint8 * num_bytes)()
-            # LLAMA_API size_t llama_state_seq_get_data(struct llama_context * ctx, uint8_t * dst,
-            #     size_t size, llama_seq_id seq_id)
-            written = lib.llama_state_seq_get_data(self._ctx, buffer, num_bytes, self._scratch)
-            lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-            if written != num_bytes:
-                raise StepFailed(f"llama.cpp wrote {written} of {num_bytes} bytes of a KV snapshot")
-            parts.append((begin, end, bytes(buffer)))
-        return parts
+        return [
+            (
+                begin,
+                min(begin + size, stop),
+                self._extract_part(sequence, begin, min(begin + size, stop)),
+            )
+            for begin in range(start, stop, size)
+        ]
 
-    def _insert(self, owners: Sequence[int], start: int, stop: int, payload: bytes) -> None:
-        """Put a part back at the top for its owners; the caller keeps the mirror."""
+    def _extract_part(self, sequence: int, start: int, stop: int, head: int = 0) -> bytes:
+        """One part, behind `head` bytes of room."""
+        lib = self._lib
+        self._copy(sequence, self._scratch, start, stop)
+        # LLAMA_API size_t llama_state_seq_get_size(struct llama_context * ctx, llama_seq_id seq_id)
+        num_bytes = lib.llama_state_seq_get_size(self._ctx, self._scratch)
+        data = _unfilled(head + num_bytes)
+        # LLAMA_API size_t llama_state_seq_get_data(struct llama_context * ctx, uint8_t * dst,
+        #     size_t size, llama_seq_id seq_id)
+        target = _address(data, head)
+        written = lib.llama_state_seq_get_data(self._ctx, target, num_bytes, self._scratch)
+        lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        if written != num_bytes:
+            raise StepFailed(f"llama.cpp wrote {written} of {num_bytes} bytes of a KV snapshot")
+        return data
+
+    def _insert(
+        self,
+        owners: Sequence[int],
+        start: int,
+        stop: int,
+        payload: bytes,
+        offset: int = 0,
+        size: int | None = None,
+    ) -> None:
+        """Put a part back at the top for its owners; the caller keeps the mirror. The part is `size`
+        bytes of `payload` from `offset`, all of it without them."""
         lib = self._lib
         self._row_to_batch = []
-        read = self._set_state(payload, self._scratch)
+        num_bytes = len(payload) if size is None else size
+        read = self._set_state(payload, self._scratch, offset, num_bytes)
         last = lib.llama_memory_seq_pos_max(self._memory, self._scratch)
-        if read != len(payload) or last != stop - 1:
+        if read != num_bytes or last != stop - 1:
             lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
             raise SnapshotRejected(
                 f"llama.cpp refused a KV snapshot: {native_log.reason() or 'no reason given'}"
@@ -706,13 +739,14 @@ class LlamaCppRuntime(Runtime):
             self._copy(self._scratch, owner, start, stop)
         lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
 
-    def _set_state(self, payload: bytes, sequence: int) -> int:
+    def _set_state(self, payload: bytes, sequence: int, offset: int, size: int) -> int:
         """Bytes read; 0 if llama.cpp refused."""
-        # The C side only reads; a cast of the bytes saves a copy of megabytes.
-        data = ctypes.cast(ctypes.c_char_p(payload), ctypes.POINTER(ctypes.c_uint8))
+        assert 0 <= offset <= offset + size <= len(payload)
         # LLAMA_API size_t llama_state_seq_set_data(struct llama_context * ctx, const uint8_t * src,
         #     size_t size, llama_seq_id dest_seq_id): 0 on failure
-        read: int = self._lib.llama_state_seq_set_data(self._ctx, data, len(payload), sequence)
+        read: int = self._lib.llama_state_seq_set_data(
+            self._ctx, _address(payload, offset), size, sequence
+        )
         return read
 
     def _native_positions(self, sequence: int) -> list[int]:
@@ -763,12 +797,13 @@ class LlamaCppRuntime(Runtime):
             )
 
 
-def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple[int, int, bytes]]:
-    """The parts of a snapshot, its frame checked. Raises SnapshotRejected."""
+def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple[int, int, int, int]]:
+    """The parts of a snapshot as (start, stop, offset, size), its frame checked. Raises
+    SnapshotRejected."""
     if len(payload) < _SNAPSHOT.size:
         raise SnapshotRejected(f"a KV snapshot of {len(payload)} bytes is too short to be one")
     magic, form, num_parts, start, stop, check = _SNAPSHOT.unpack_from(payload)
-    body = payload[_SNAPSHOT.size :]
+    body = memoryview(payload)[_SNAPSHOT.size :]
     if magic != _SNAPSHOT_MAGIC or form != 1:
         raise SnapshotRejected("these bytes are not a KV snapshot of this version")
     if (start, stop) != (begin, begin + num_positions):
@@ -786,14 +821,33 @@ def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple
         offset += _PART.size
         if a != position or b <= a or size > len(body) - offset:
             raise SnapshotRejected("the KV snapshot is truncated or damaged")
-        parts.append((a, b, body[offset : offset + size]))
+        parts.append((a, b, _SNAPSHOT.size + offset, size))
         offset, position = offset + size, b
     if position != stop or offset != len(body):
         raise SnapshotRejected("the KV snapshot has missing or surplus bytes")
     return parts
 
 
-def _head_checksum(body: bytes) -> int:
+def _unfilled(size: int) -> bytes:
+    """Bytes to be filled by native code before anybody sees them: neither zeroed nor copied."""
+    # PyObject *PyBytes_FromStringAndSize(const char *v, Py_ssize_t len), v = NULL: not initialized
+    data: bytes = _new_bytes(None, size)
+    return data
+
+
+def _address(data: bytes, offset: int) -> Any:
+    base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+    assert base is not None
+    return ctypes.cast(base + offset, ctypes.POINTER(ctypes.c_uint8))
+
+
+def _overwrite(data: bytes, offset: int, part: bytes) -> None:
+    """Fill in bytes that nobody else has seen yet."""
+    assert offset + len(part) <= len(data)
+    ctypes.memmove(_address(data, offset), part, len(part))
+
+
+def _head_checksum(body: memoryview) -> int:
     """Guards lengths and positions; the payload's own checksum is its keeper's (the prompt cache)."""
     return zlib.crc32(body[:_HEAD_BYTES], len(body) & 0xFFFFFFFF)
 
