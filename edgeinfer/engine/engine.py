@@ -56,6 +56,19 @@ MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not w
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
 
+def _step_of(chosen: Sequence[tuple[RunningRequest, int]]) -> Step:
+    if len(chosen) == 1 and chosen[0][1] == 1 and chosen[0][0].is_decoding:
+        return chosen[0][0].decode_step()
+    parts = []
+    for running, count in chosen:
+        assert running.handle is not None
+        last = running.num_computed + count == len(running.tokens)
+        parts.append(
+            SequenceStep(running.handle, running.next_tokens(count), "last" if last else "none")
+        )
+    return Step(parts)
+
+
 class Engine:
     def __init__(
         self, runtime: Runtime, *, model: str, max_running: int = 1, cache_bytes: int = 0
@@ -158,16 +171,9 @@ class Engine:
         return [(by_key[key], tokens) for key, tokens in planned.parts]
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
-        parts = []
-        for running, count in chosen:
-            assert running.handle is not None
-            last = running.num_computed + count == len(running.tokens)
-            parts.append(
-                SequenceStep(running.handle, running.next_tokens(count), "last" if last else "none")
-            )
         begin = time.perf_counter()
         try:
-            result = self.runtime.forward(Step(parts))
+            result = self.runtime.forward(_step_of(chosen))
         except StepAborted:
             return  # somebody cancelled: nothing was kept, the next plan is without them
         except OutOfCells:
@@ -182,12 +188,8 @@ class Engine:
             for running, _ in chosen:
                 self._events.append((running.key, self._end(running, "failed", "stop", error)))
             return
-        spent = time.perf_counter() - begin
-        num_tokens = sum(count for _, count in chosen)
-        if num_tokens >= self.runtime.facts.stable_chunk_tokens:
-            rate = spent / num_tokens
-            known = self._prefill_s_per_token
-            self._prefill_s_per_token = rate if known == 0.0 else 0.7 * known + 0.3 * rate
+        if self._last_was_large:
+            self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
         for index, (running, count) in enumerate(chosen):
             prefilling = running.prompt_left > 0
             running.num_computed += count
@@ -196,6 +198,10 @@ class Engine:
             elif prefilling:
                 done = running.num_computed
                 self._events.append((running.key, Prefilled(done, len(running.prompt))))
+
+    def _learn_rate(self, seconds: float, tokens: int) -> None:
+        rate, known = seconds / tokens, self._prefill_s_per_token
+        self._prefill_s_per_token = rate if known == 0.0 else 0.7 * known + 0.3 * rate
 
     # -- answering -------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """The next step: (key, tokens) for each that takes part. `is_large`: it is a prefill step."""
+    """The next step: (key, tokens) for each that takes part. `is_large`: it prefills a prompt's chunk."""
 
     parts: tuple[tuple[int, int], ...]
     is_large: bool = False
@@ -78,7 +78,7 @@ def _mixed(demands: Sequence[Demand], limits: Limits) -> Plan:
         if tokens:
             parts.append((demand.key, tokens))
             budget -= tokens
-    return Plan(tuple(parts))
+    return Plan(tuple(parts), bool(prompts))
 
 
 def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:

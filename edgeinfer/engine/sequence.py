@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-from edgeinfer.backend import Sampler
+from edgeinfer.backend import Sampler, SequenceStep, Step
 from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.request import CacheTier, FinishReason, Request
 
@@ -34,6 +34,8 @@ class RunningRequest:
     last_token: float = 0.0
     evicted: int = 0
     warnings: list[str] = field(default_factory=list)
+    _decode_token: list[int] = field(default_factory=lambda: [0])
+    _decode_step: Step | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -53,6 +55,15 @@ class RunningRequest:
 
     def next_tokens(self, count: int) -> list[int]:
         return self.tokens[self.num_computed : self.num_computed + count]
+
+    def decode_step(self) -> Step:
+        """The step of this request's newest token alone. The same object each time, with the token put
+        in: it is made for every token of a lone answer."""
+        if self._decode_step is None:
+            assert self.handle is not None
+            self._decode_step = Step((SequenceStep(self.handle, self._decode_token),))
+        self._decode_token[0] = self.tokens[-1]
+        return self._decode_step
 
     def length_reason(self, context: int) -> FinishReason | None:
         """ "length" once the answer may not grow: asked-for size reached, or the context is full (the

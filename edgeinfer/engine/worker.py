@@ -32,7 +32,7 @@ from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 
 PROGRESS_INTERVAL_S = 0.03
-COALESCE_S = 0.01  # two writes of events are at least so far apart
+COALESCE_S = 1 / 60  # two writes of events are at least so far apart
 WRITE_S = 1.0  # for the last events to go out
 
 Outgoing = dict[str, Any] | Events

@@ -23,6 +23,7 @@ class LlamaTokenizer:
         # LLAMA_API int32_t llama_vocab_n_tokens(const struct llama_vocab * vocab)
         self._size: int = self._lib.llama_vocab_n_tokens(vocab)
         self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -74,8 +75,11 @@ class LlamaTokenizer:
         return b"".join(self.piece(token) for token in tokens).decode("utf-8", "replace")
 
     def is_end(self, token: int) -> bool:
-        self._check(token)
-        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+        known = self._ends.get(token)
+        if known is None:
+            self._check(token)
+            known = self._ends[token] = bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+        return known
 
     def is_control(self, token: int) -> bool:
         self._check(token)
