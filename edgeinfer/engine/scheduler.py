@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """The next step: (key, tokens) for each that takes part. `is_large`: it prefills a prompt's chunk."""
+    """The next step: (key, tokens) for each that takes part. `is_large`: it prefills a prompt."""
 
     parts: tuple[tuple[int, int], ...]
     is_large: bool = False

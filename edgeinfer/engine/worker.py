@@ -13,6 +13,7 @@ while the main one is inside native code (on its own it took 1 % of a small mode
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -147,6 +148,9 @@ class Worker:
             max_running=command["max_running"],
             cache_bytes=command["cache_bytes"],
         )
+        # What is here now stays; a full collection in the middle of an answer need not look at it.
+        gc.collect()
+        gc.freeze()
         facts = runtime.facts
         tokenizer = runtime.tokenizer
         self._send(

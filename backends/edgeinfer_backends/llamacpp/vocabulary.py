@@ -65,7 +65,8 @@ class LlamaTokenizer:
     def piece(self, token: int) -> bytes:
         known = self._pieces.get(token)
         if known is None:
-            known = self._pieces[token] = b"" if self.is_control(token) else self._render(token, False)
+            # not special: a control token has no piece, llama.cpp renders it as nothing
+            known = self._pieces[token] = self._render(token, False)
         return known
 
     def text(self, token: int) -> str:
@@ -87,7 +88,7 @@ class LlamaTokenizer:
 
     def _render(self, token: int, special: bool) -> bytes:
         self._check(token)
-        room = 64
+        room = 256
         while True:
             buffer = ctypes.create_string_buffer(room)
             # LLAMA_API int32_t llama_token_to_piece(const struct llama_vocab * vocab,
