@@ -139,8 +139,10 @@ def test_a_step_takes_its_time_and_can_be_aborted() -> None:
 
 def test_an_abort_with_no_step_running_has_no_effect() -> None:
     runtime = load(Script(step_s=0.001))
+    sequence = runtime.open()
     runtime.abort()
-    runtime.forward(Step([SequenceStep(runtime.open(), [1])]))
+    runtime.forward(Step([SequenceStep(sequence, [1])]))
+    assert runtime.length(sequence) == 1
 
 
 def test_the_scripted_step_fails_once_and_keeps_nothing() -> None:

@@ -226,12 +226,12 @@ def test_closing_twice_is_harmless(load: Load) -> None:
 
 
 def test_runtimes_come_and_go(load: Load) -> None:
-    tokens = None
+    found = []
     for _ in range(5):
         runtime = load(context=256, sequences=1)
-        tokens = tokens or some_tokens(runtime, 20)
-        feed(runtime, runtime.open(), tokens)
+        found.append(feed(runtime, runtime.open(), some_tokens(runtime, 20)))
         runtime.close()
+    assert all((logits == found[0]).all() for logits in found)
 
 
 def test_two_runtimes_live_side_by_side(load: Load) -> None:
