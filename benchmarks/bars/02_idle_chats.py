@@ -58,7 +58,7 @@ def measure(bar: Bar) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=40, help="turns of about a second")
     parser.add_argument("--sequences", type=int, default=1, help="requests that could run at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", help="a GGUF file instead of the starter's Q4_0")

@@ -29,7 +29,6 @@ from edgeinfer.engine.request import (
     Request,
     RunStats,
     Started,
-    Text,
     Timings,
     TokenLogprob,
     Usage,
@@ -71,9 +70,19 @@ def _step_of(chosen: Sequence[tuple[RunningRequest, int]]) -> Step:
 
 class Engine:
     def __init__(
-        self, runtime: Runtime, *, model: str, max_running: int = 1, cache_bytes: int = 0
+        self,
+        runtime: Runtime,
+        *,
+        model: str,
+        max_running: int = 1,
+        cache_bytes: int = 0,
+        tell_interval_s: float = 0.0,
     ) -> None:
-        """max_running: requests that run at once. cache_bytes: host memory for idle conversations."""
+        """max_running: requests that run at once. cache_bytes: host memory for idle conversations.
+        tell_interval_s: while there is nothing but tokens to decode, their text is worked out and told
+        so far apart. (Between two steps everything the engine needs has left the processor's caches
+        for the weights: doing it for five tokens at once costs little more than for one.)
+        """
         self.runtime = runtime
         self.model = model
         self.max_running = max_running
@@ -84,6 +93,9 @@ class Engine:
         self._events: Events = []
         self._prefill_s_per_token = 0.0
         self._last_was_large = False
+        self._tell_interval_s = tell_interval_s
+        self._told = 0.0  # perf_counter() of when text was last told
+        self._tell_now = False
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -124,7 +136,7 @@ class Engine:
         """End a request. Unknown or finished keys are ignored: the end and the wish may cross."""
         for running in self._waiting + self._running:
             if running.key == key:
-                return [(key, self._end(running, "cancelled", "cancelled"))]
+                return self._end(running, "cancelled", "cancelled")
         return []
 
     def is_alone(self, key: int) -> bool:
@@ -132,10 +144,10 @@ class Engine:
         return [running.key for running in self._running] == [key]
 
     def fail_all(self, error: EdgeInferError) -> Events:
-        return [
-            (running.key, self._end(running, "failed", "stop", error))
-            for running in self._waiting + self._running
-        ]
+        events: Events = []
+        for running in self._waiting + self._running:
+            events += self._end(running, "failed", "stop", error)
+        return events
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -148,6 +160,7 @@ class Engine:
             chosen = self._plan()
             if chosen:
                 self._forward(chosen)
+                self._tell_texts()
         events, self._events = self._events, []
         return events
 
@@ -182,11 +195,11 @@ class Engine:
                 return
             victim = max(chosen, key=lambda item: item[0].admitted)[0]
             error = OutOfCells("the KV cache is full; raise --ctx or run fewer requests at once")
-            self._events.append((victim.key, self._end(victim, "failed", "stop", error)))
+            self._events += self._end(victim, "failed", "stop", error)
             return
         except StepFailed as error:
             for running, _ in chosen:
-                self._events.append((running.key, self._end(running, "failed", "stop", error)))
+                self._events += self._end(running, "failed", "stop", error)
             return
         if self._last_was_large:
             self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
@@ -206,42 +219,53 @@ class Engine:
     # -- answering -------------------------------------------------------------------------------
 
     def _sample(self, running: RunningRequest, row: int) -> None:
-        """Draw one token and tell its text; ends the request where it ends."""
-        runtime = self.runtime
+        """Draw one token; ends the request where it ends. Its text may be worked out later."""
+        runtime, request = self.runtime, running.request
         assert running.sampler is not None
         try:
             token = runtime.sample(row, running.sampler)
         except (StepFailed, ValueError) as error:
             failure = error if isinstance(error, EdgeInferError) else StepFailed(str(error))
-            self._events.append((running.key, self._end(running, "failed", "stop", failure)))
+            self._events += self._end(running, "failed", "stop", failure)
             return
         now = time.perf_counter()
         if not running.is_decoding:
             running.first_token = now
+            self._tell_now = True
         running.last_token = now
-        wanted = running.request.logprobs
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if wanted is not None:
-            logprobs = (self._logprob(runtime.logits(row), token, wanted),)
+        if request.logprobs is not None:
+            running.untold_logprobs.append(self._logprob(runtime.logits(row), token, request.logprobs))
+        if runtime.tokenizer.is_end(token) and not request.ignore_eos:
+            running.read(runtime.tokenizer)  # up to here: the end token is no text
+            running.tokens.append(token)
+            running.num_read = len(running.tokens)
+            self._events += self._end(running, "finished", "stop")
+            return
         running.tokens.append(token)
-        tokenizer = runtime.tokenizer
-        reason: FinishReason | None = None
-        text = ""
-        if tokenizer.is_end(token) and not running.request.ignore_eos:
-            reason = "stop"
-        else:
-            text = running.detokenizer.feed(tokenizer.piece(token))
+        reason: FinishReason | None = running.length_reason(runtime.facts.context)
+        if request.stop:
+            running.read(runtime.tokenizer)
             if running.detokenizer.stopped_by is not None:
                 reason = "stop"
-            else:
-                reason = running.length_reason(runtime.facts.context)
         if reason is not None:
-            text += running.detokenizer.finish()
-        if text or logprobs:
-            running.text.append(text)
-            self._events.append((running.key, Text(text, running.num_answered, logprobs)))
-        if reason is not None:
-            self._events.append((running.key, self._end(running, "finished", reason)))
+            self._events += self._end(running, "finished", reason)
+
+    def _tell_texts(self) -> None:
+        """What was answered since text was last told; later, if that was just now and the next step is
+        sure to be as short as this one."""
+        now = time.perf_counter()
+        if not (
+            self._tell_now
+            or self._events
+            or self._waiting
+            or now - self._told >= self._tell_interval_s
+            or not all(running.is_decoding for running in self._running)
+        ):
+            return
+        self._told, self._tell_now = now, False
+        for running in self._running:
+            running.read(self.runtime.tokenizer)
+            self._events += running.take_untold()
 
     def _logprob(self, logits: Logits, token: int, wanted: int) -> TokenLogprob:
         """Of the model's own distribution, before samplers cut or scale it."""
@@ -273,14 +297,15 @@ class Engine:
         outcome: Outcome,
         reason: FinishReason,
         error: EdgeInferError | None = None,
-    ) -> Ended:
-        """Take a request out, keep its prefix, and make its last event."""
+    ) -> Events:
+        """Take a request out, keep its prefix, and make its last events: rest of the text, the end."""
         if running in self._waiting:
             self._waiting.remove(running)
         else:
             self._running.remove(running)
-        if outcome == "cancelled":
-            running.text.append(running.detokenizer.finish())
+        running.read(self.runtime.tokenizer)
+        running.untold += running.detokenizer.finish()
+        events: Events = running.take_untold()
         stats = self._stats(running, reason)
         if running.sampler is not None:
             running.sampler.close()
@@ -292,8 +317,10 @@ class Engine:
             else:
                 self.runtime.free(handle)
         if error is not None:
-            return Ended(outcome, stats, type(error).__name__, str(error))
-        return Ended(outcome, stats)
+            ended = Ended(outcome, stats, type(error).__name__, str(error))
+        else:
+            ended = Ended(outcome, stats)
+        return [*events, (running.key, ended)]
 
     def _stats(self, running: RunningRequest, reason: FinishReason) -> RunStats:
         facts = self.runtime.facts
@@ -337,7 +364,7 @@ class Engine:
             except (EdgeInferError, ValueError) as error:
                 failure = error if isinstance(error, EdgeInferError) else EdgeInferError(str(error))
                 self._running.append(running)
-                self._events.append((running.key, self._end(running, "failed", "stop", failure)))
+                self._events += self._end(running, "failed", "stop", failure)
                 continue
             self._running.append(running)
             self._events.append((running.key, Started(len(running.prompt), running.num_cached)))

@@ -149,7 +149,8 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Text:
-    """More of the answer. `num_tokens` decoded so far, whether or not their text is out yet."""
+    """More of the answer, of one or more tokens. `num_tokens` decoded so far, whether or not their text
+    is out yet; `logprobs` of each token since the last of these events."""
 
     text: str
     num_tokens: int

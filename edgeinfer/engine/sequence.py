@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from edgeinfer.backend import Sampler, SequenceStep, Step
 from edgeinfer.engine.detokenizer import Detokenizer
-from edgeinfer.engine.request import CacheTier, FinishReason, Request
+from edgeinfer.engine.request import CacheTier, Event, FinishReason, Request, Text, TokenLogprob
+
+if TYPE_CHECKING:
+    from edgeinfer_models.tokenizer import Tokenizer
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class RunningRequest:
     """`tokens` is the whole history, prompt and answer; the first `num_computed` are in the cache."""
 
@@ -27,8 +31,10 @@ class RunningRequest:
     cache_tier: CacheTier = "none"
     handle: int | None = None  # the runtime's sequence
     sampler: Sampler | None = None
-    text: list[str] = field(default_factory=list)
-    cancelled: bool = False
+    num_read: int = 0  # of `tokens`, those whose text was worked out
+    untold: str = ""  # text and log-probabilities that no event has told yet
+    untold_logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)  # told
     admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -39,6 +45,7 @@ class RunningRequest:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.num_read = len(self.prompt)
 
     @property
     def num_answered(self) -> int:
@@ -64,6 +71,22 @@ class RunningRequest:
             self._decode_step = Step((SequenceStep(self.handle, self._decode_token),))
         self._decode_token[0] = self.tokens[-1]
         return self._decode_step
+
+    def read(self, tokenizer: Tokenizer) -> None:
+        """Work out the text of the newest tokens."""
+        for token in self.tokens[self.num_read :]:
+            self.untold += self.detokenizer.feed(tokenizer.piece(token))
+        self.num_read = len(self.tokens)
+
+    def take_untold(self) -> list[tuple[int, Event]]:
+        """The event that tells the answer's text so far, if there is any to tell."""
+        if not self.untold and not self.untold_logprobs:
+            return []
+        told = Text(self.untold, self.num_answered, tuple(self.untold_logprobs))
+        self.text.append(self.untold)
+        self.untold = ""
+        self.untold_logprobs.clear()
+        return [(self.key, told)]
 
     def length_reason(self, context: int) -> FinishReason | None:
         """ "length" once the answer may not grow: asked-for size reached, or the context is full (the

@@ -177,7 +177,7 @@ def test_a_killed_worker_fails_its_request_and_starts_again(make_client: ClientM
     for event in generation.events():
         if isinstance(event, Text):
             text += event.text
-            if len(text) == 5:
+            if len(text) >= 5 and client.worker_pid == first:
                 os.kill(first, signal.SIGKILL)
     assert text.startswith("xxxxx")
     ended = generation._ended
@@ -288,9 +288,11 @@ def test_logprobs_and_seed_come_through(make_client: ClientMaker) -> None:
     client = make_client()
     sampling = SamplingParams(seed=7)
     generation = client.start(asked("Hi", logprobs=2, sampling=sampling, max_tokens=3))
-    texts = [event for event in generation.events() if isinstance(event, Text)]
-    assert len(texts) == 3
-    assert all(len(event.logprobs[0].top) == 2 for event in texts)
+    logprobs = [
+        item for event in generation.events() if isinstance(event, Text) for item in event.logprobs
+    ]
+    assert len(logprobs) == 3
+    assert all(len(item.top) == 2 for item in logprobs)
     assert generation.result().stats.seed == 7
 
 

@@ -25,6 +25,7 @@ def make_engine(
     sequences: int = 1,
     max_running: int | None = None,
     cache_bytes: int = 2**26,
+    tell_interval_s: float = 0.0,
 ) -> Engine:
     settings = RuntimeSettings(context=context, sequences=sequences, step_tokens=256)
     runtime = ScriptedBackend(script or Script()).load(SCRIPTED_FILES, settings, lambda _: True)
@@ -33,6 +34,7 @@ def make_engine(
         model="scripted",
         max_running=max_running or sequences,
         cache_bytes=cache_bytes,
+        tell_interval_s=tell_interval_s,
     )
 
 
@@ -120,6 +122,59 @@ def test_a_request_starts_streams_and_ends() -> None:
     assert (stats.usage.prompt_tokens, stats.usage.completion_tokens) == (700, 5)
     assert stats.timings.ttft_s > 0
     assert stats.kv.bytes > 0
+
+
+NEVER = 1e9  # seconds between two tellings: text comes only where something else calls for it
+
+
+def test_text_is_told_at_the_first_token_and_at_the_end_and_in_between_now_and_then() -> None:
+    full = alone(tokens_of(1, 20), 30)
+    driver = Driver(make_engine(tell_interval_s=NEVER))
+    driver.submit(1, asked(tokens_of(1, 20), 30, logprobs=1))
+    driver.run()
+    texts = [event for event in driver.events[1] if isinstance(event, Text)]
+    assert [(event.text, event.num_tokens) for event in texts] == [(full[0], 1), (full[1:], 30)]
+    assert [len(event.logprobs) for event in texts] == [1, 29]
+    assert driver.answer(1) == full
+
+
+def test_text_held_back_is_told_before_a_cancel_ends_it() -> None:
+    full = alone(tokens_of(1, 20), 30)
+    driver = Driver(make_engine(tell_interval_s=NEVER))
+    driver.submit(1, asked(tokens_of(1, 20), 30))
+    for _ in range(12):
+        driver.step()
+    driver.cancel(1)
+    answered = driver.end(1).stats.usage.completion_tokens
+    assert 5 < answered < 30
+    assert "".join(e.text for e in driver.events[1] if isinstance(e, Text)) == full[:answered]
+    assert driver.end(1).stats.text == full[:answered]
+
+
+def test_a_stop_string_is_met_at_its_token_though_text_is_held_back() -> None:
+    full = alone(tokens_of(1, 20), 60)
+    stop = full[20:23]
+    driver = Driver(make_engine(tell_interval_s=NEVER))
+    driver.submit(1, asked(tokens_of(1, 20), 60, stop=(stop,)))
+    driver.run()
+    assert driver.answer(1) == full[: full.index(stop)]
+    assert driver.stats(1).usage.completion_tokens == full.index(stop) + len(stop)
+
+
+def test_text_is_not_held_back_while_a_prompt_is_read() -> None:
+    driver = Driver(make_engine(tell_interval_s=NEVER, sequences=2))
+    driver.submit(1, asked(tokens_of(1, 20), 40))
+    for _ in range(8):
+        driver.step()
+    before = len(driver.events[1])
+    driver.submit(2, asked(tokens_of(2, 700), 5))
+    driver.step()  # admits the second
+    first = next(r for r in driver.engine._running if r.key == 1)
+    while not any(isinstance(event, Text) for event in driver.events[2]):
+        driver.step()
+        told = [event for event in driver.events[1] if isinstance(event, Text)][-1]
+        assert told.num_tokens == first.num_answered
+    assert len(driver.events[1]) > before + 2
 
 
 def test_the_model_ends_its_answer_itself() -> None:
@@ -403,7 +458,12 @@ def test_a_backend_without_a_capability_still_answers(missing: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_random_use_keeps_every_promise(seed: int) -> None:
     rng = random.Random(seed)
-    engine = make_engine(sequences=3, context=512, cache_bytes=rng.choice([0, 40_000, 2**26]))
+    engine = make_engine(
+        sequences=3,
+        context=512,
+        cache_bytes=rng.choice([0, 40_000, 2**26]),
+        tell_interval_s=rng.choice([0.0, NEVER]),
+    )
     driver = Driver(engine)
     prompts: dict[int, list[int]] = {}
     cancelled = set()

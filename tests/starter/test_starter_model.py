@@ -128,9 +128,11 @@ def test_the_worker_killed_in_mid_answer_is_said_and_replaced(starter: Path) -> 
         client.load()
         question = Request(prompt="Once upon a time", max_tokens=400, ignore_eos=True, sampling=GREEDY)
         generation = client.start(question)
+        victim = client.worker_pid
+        assert victim is not None
         for event in generation.events():
-            if isinstance(event, Text) and event.num_tokens == 3:
-                os.kill(client.worker_pid or 0, signal.SIGKILL)
+            if isinstance(event, Text) and event.num_tokens >= 3 and client.worker_pid == victim:
+                os.kill(victim, signal.SIGKILL)
             if isinstance(event, Ended):
                 assert (event.outcome, event.error_type) == ("failed", "WorkerDied")
         again = client.start(Request(prompt="Once upon a time", max_tokens=3, sampling=GREEDY)).result()
