@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.process import LoadCommand
 from edgeinfer.errors import BackendUnavailable, ModelTooLarge, UnsupportedModel, UsageError
+from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.machine.probe import default_threads, probe_machine
 from edgeinfer.registry import backend_names, get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
@@ -112,7 +113,14 @@ def plan_open(
         gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
         mmap=options.mmap,
     )
-    command = LoadCommand(backend, resolved.files, settings, options.sequences, options.cache_bytes)
+    command = LoadCommand(
+        backend,
+        resolved.files,
+        settings,
+        options.sequences,
+        options.cache_bytes,
+        costs_folder="" if options.threads or options.threads_batch else str(costs_folder()),
+    )
     return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
 
 

@@ -35,6 +35,7 @@ from edgeinfer.engine.request import (
 )
 from edgeinfer.engine.scheduler import Demand, Limits, plan
 from edgeinfer.engine.sequence import LiveSequence, RunningRequest
+from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.errors import (
     EdgeInferError,
     OutOfCells,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 Events = list[tuple[int, Event]]
 
 PREFILL_SLICE_S = 0.2  # a prompt beside running streams gets chunks of about this long
+BUSY = "other programs keep the processor busy: fewer threads answered for a while"
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
@@ -77,11 +79,13 @@ class Engine:
         max_running: int = 1,
         cache_bytes: int = 0,
         tell_interval_s: float = 0.0,
+        tuner: Tuner | None = None,
     ) -> None:
         """max_running: requests that run at once. cache_bytes: host memory for idle conversations.
         tell_interval_s: while there is nothing but tokens to decode, their text is worked out and told
         so far apart. (Between two steps everything the engine needs has left the processor's caches
         for the weights: doing it for five tokens at once costs little more than for one.)
+        tuner: chooses every step's threads and padding; None leaves them as the runtime was loaded.
         """
         self.runtime = runtime
         self.model = model
@@ -96,6 +100,9 @@ class Engine:
         self._tell_interval_s = tell_interval_s
         self._told = 0.0  # perf_counter() of when text was last told
         self._tell_now = False
+        self._tuner = tuner
+        self._choice = Choice(0)
+        self._shape = (0, 0, 0)  # of the last step: tokens, rows of logits, longest context
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -184,9 +191,12 @@ class Engine:
         return [(by_key[key], tokens) for key, tokens in planned.parts]
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
+        step = _step_of(chosen)
+        if self._tuner is not None:
+            step = self._tune(self._tuner, step, chosen)
         begin = time.perf_counter()
         try:
-            result = self.runtime.forward(_step_of(chosen))
+            result = self.runtime.forward(step)
         except StepAborted:
             return  # somebody cancelled: nothing was kept, the next plan is without them
         except OutOfCells:
@@ -201,6 +211,8 @@ class Engine:
             for running, _ in chosen:
                 self._events += self._end(running, "failed", "stop", error)
             return
+        if self._tuner is not None:
+            self._tuner.observe(self._choice, *self._shape, time.perf_counter() - begin)
         if self._last_was_large:
             self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
         for index, (running, count) in enumerate(chosen):
@@ -211,6 +223,27 @@ class Engine:
             elif prefilling:
                 done = running.num_computed
                 self._events.append((running.key, Prefilled(done, len(running.prompt))))
+
+    def _tune(self, tuner: Tuner, step: Step, chosen: list[tuple[RunningRequest, int]]) -> Step:
+        """Set the threads the step is to have, and return it with the padding it is to have."""
+        facts = self.runtime.facts
+        if len(chosen) == 1 and len(step.parts[0].tokens) == 1:
+            self._shape = (1, 1, chosen[0][0].num_computed)
+        else:
+            rows = sum(part.logits != "none" for part in step.parts)
+            context = max(running.num_computed + count for running, count in chosen)
+            self._shape = (step.num_tokens, rows, context)
+        most = facts.max_step_tokens
+        if facts.stable_chunk_tokens > 1:
+            most = min(most, facts.stable_chunk_tokens - 1)
+        choice = self._choice = tuner.choose(*self._shape, most)
+        if choice.threads != facts.threads or choice.threads != facts.threads_batch:
+            self.runtime.set_threads(choice.threads, choice.threads)
+            if tuner.is_slowed and choice.threads < facts.threads:
+                for running, _ in chosen:
+                    if BUSY not in running.warnings:
+                        running.warnings.append(BUSY)
+        return Step(step.parts, choice.padding) if choice.padding else step
 
     def _learn_rate(self, seconds: float, tokens: int) -> None:
         rate, known = seconds / tokens, self._prefill_s_per_token

@@ -34,6 +34,7 @@ class LoadCommand:
     settings: RuntimeSettings
     max_running: int = 1
     cache_bytes: int = 0
+    costs_folder: str = ""  # of measured step costs, by which threads are chosen; "": they are fixed
 
 
 class EngineProcess:
@@ -110,6 +111,7 @@ class EngineProcess:
                 "settings": asdict(command.settings),
                 "max_running": command.max_running,
                 "cache_bytes": command.cache_bytes,
+                "costs_folder": command.costs_folder,
             }
         )
         reply = self._replies.get()

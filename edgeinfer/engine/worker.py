@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.engine import Engine, Events
+from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.wire import event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
 from edgeinfer.registry import get_backend
@@ -47,6 +48,7 @@ class Worker:
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._engine: Engine | None = None
         self._load_cancelled = False
+        self._costs: MeasuredCosts | None = None
 
     # -- the main thread -------------------------------------------------------------------------
 
@@ -56,10 +58,13 @@ class Worker:
             engine = self._engine
             busy = engine is not None and engine.has_work
             while not (busy and self._queue.empty()):
+                if not busy and self._queue.empty() and self._use_idle():
+                    continue
                 command = self._queue.get()
+                if self._costs is not None:
+                    self._costs.command_taken()
                 if command["cmd"] == "shutdown":
-                    if self._engine is not None:
-                        self._engine.close()
+                    self._close_engine()
                     return
                 self._obey(command)
                 engine = self._engine
@@ -71,6 +76,10 @@ class Worker:
                 logging.getLogger("edgeinfer.worker").exception("a step failed")
                 events = engine.fail_all(RequestFailed(f"the engine failed: {error!r}"))
             self._tell(events)
+
+    def _use_idle(self) -> bool:
+        """Do a piece of what nobody waits for; False if there is none."""
+        return self._costs is not None and self._costs.use_idle()
 
     def _obey(self, command: Mapping[str, Any]) -> None:
         kind = command["cmd"]
@@ -92,14 +101,11 @@ class Worker:
             self._tell(engine.cancel(command["key"]))
         elif kind == "unload" and engine is not None:
             self._tell(engine.fail_all(RequestFailed("the model was unloaded")))
-            self._engine = None
-            engine.close()
+            self._close_engine()
 
     def _load(self, command: Mapping[str, Any]) -> None:
         """One `loaded` or `load_failed` event comes of every load command."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._close_engine()
         begin = time.perf_counter()
         last = 0.0
 
@@ -133,12 +139,17 @@ class Worker:
             logging.getLogger("edgeinfer.worker").exception("loading failed")
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
+        if command["costs_folder"]:
+            folder = Path(command["costs_folder"])
+            self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin)
+            self._costs.measure_first()
         self._engine = Engine(
             runtime,
             model=files.name,
             max_running=command["max_running"],
             cache_bytes=command["cache_bytes"],
             tell_interval_s=TELL_INTERVAL_S,
+            tuner=None if self._costs is None else self._costs.tuner,
         )
         # What is here now stays; a full collection in the middle of an answer need not look at it.
         gc.collect()
@@ -166,6 +177,14 @@ class Worker:
                 "warnings": list(facts.warnings),
             }
         )
+
+    def _close_engine(self) -> None:
+        if self._costs is not None:
+            self._costs.save()
+            self._costs = None
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            engine.close()
 
     def _load_failed(self, command: Mapping[str, Any], kind: str, message: str) -> None:
         self._send({"ev": "load_failed", "id": command["id"], "type": kind, "error": message})
@@ -208,6 +227,9 @@ class Worker:
             return
         elif kind == "load":
             self._load_cancelled = False
+        costs = self._costs
+        if costs is not None:
+            costs.command_arrives()
         self._queue.put(command)
         engine = self._engine
         if (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,51 @@ def default_threads() -> tuple[int, int]:
     return max(1, cores - 1), cores
 
 
+def machine_fingerprint() -> str:
+    """What makes measured speeds those of this machine: processor, its features, cores, memory size."""
+    machine = probe_machine()
+    features = hashlib.blake2b(" ".join(sorted(_features())).encode(), digest_size=6).hexdigest()
+    gib = round(machine.total_bytes / 2**30)
+    cores = f"{machine.physical_cores} of {machine.logical_cores} cores"
+    return f"{platform.node()}, {machine.processor} ({features}), {cores}, {gib} GiB"
+
+
+class CoreUse:
+    """How many cores other programs leave to this process, from one call to the next."""
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def free_cores(self) -> float | None:
+        """Cores that nobody else used since the last call (time stolen from a virtual machine counts as
+        used); None where too little time passed, or the system does not tell."""
+        now, before = self._read(), self._last
+        if now is None or before is None:
+            return None
+        total, busy, own = (a - b for a, b in zip(now, before, strict=True))
+        if total <= 0.1:
+            return None
+        self._last = now
+        cores = os.cpu_count() or 1
+        others = max(0.0, busy - own) / total * cores
+        return max(0.0, min(float(_usable_cores()), cores - others))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds of all cores: in all, busy, and of this process."""
+        import psutil
+
+        try:
+            times = psutil.cpu_times()
+        except (OSError, RuntimeError):
+            return None
+        fields = times._asdict()
+        # Linux counts a guest's time into user as well
+        total = sum(v for k, v in fields.items() if not k.startswith("guest"))
+        idle = fields["idle"] + fields.get("iowait", 0.0)
+        return total, total - idle, time.process_time()
+
+
 def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -73,6 +120,18 @@ def _cgroup_memory() -> tuple[int | None, int]:
         if limit < 2**60:
             return limit, used
     return None, 0
+
+
+def _features() -> list[str]:
+    """The processor's instruction set extensions, as the system names them; empty if it does not."""
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith(("flags", "Features")):
+                    return line.split(":", 1)[1].split()
+        except OSError:
+            pass
+    return []
 
 
 def _processor_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -137,3 +138,26 @@ def test_the_worker_killed_in_mid_answer_is_said_and_replaced(starter: Path) -> 
                 assert (event.outcome, event.error_type) == ("failed", "WorkerDied")
         again = client.start(Request(prompt="Once upon a time", max_tokens=3, sampling=GREEDY)).result()
         assert again.stats.usage.completion_tokens == 3
+
+
+def test_step_costs_are_measured_kept_and_found_again(starter: Path) -> None:
+    question = Request(prompt="Once upon a time", max_tokens=20, ignore_eos=True, sampling=GREEDY)
+    kept = []
+    for _ in range(2):
+        with LocalClient(OpenOptions(model=str(starter), context=1024)) as client:
+            client.load()
+            client.start(question).result()
+        files = list((Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs").iterdir())
+        assert len(files) == 1
+        kept.append({tuple(row[:4]): row[5] for row in json.loads(files[0].read_text())["costs"]})
+    first, second = kept
+    assert any(tokens == rows == 1 for _, tokens, rows, _ in first)
+    assert all(second[kind] >= count for kind, count in first.items())
+    assert sum(second.values()) > sum(first.values())
+
+
+def test_fixed_threads_are_measured_by_nobody(starter: Path) -> None:
+    with LocalClient(OpenOptions(model=str(starter), context=1024, threads=1)) as client:
+        client.load()
+        client.start(Request(prompt="Hi", max_tokens=3, sampling=GREEDY)).result()
+    assert not (Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs").exists()

@@ -1,0 +1,227 @@
+"""How many threads and how much padding the next step gets: chosen from measured costs, and changed when
+reality leaves them.
+
+Threads meet at a barrier several hundred times a token, so one core that a neighbour holds stalls them
+all (measured on 2 cores: 12 tok/s on two threads, 154 on one). No fixed choice is right on a machine
+that is used for other things, so every step's time is compared with what it should cost: a thread count
+that has become slow is left for another one, and taken up again once there are free cores for it.
+
+No result depends on it but in the last bits (RuntimeFacts says where); a runtime opened with a fixed
+number of threads has no tuner.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from edgeinfer.machine.step_cost import PREFILL_TOKENS, StepClass, StepCosts, padded_sizes
+
+TILE = 4  # rows the repacked kernels work on at once (ggml-cpu/repack.cpp, 0.3.36)
+SLOW = 1.5  # a step that takes this much longer than it should
+FINE = 1.2
+BETTER = 0.96  # another choice must cost less than this much of the present one
+TRIES = 3  # steps of a kind before its cost is believed
+RECONSIDER = 32  # steps
+RETRY_S, MAX_RETRY_S = 1.0, 60.0  # until a slow thread count may be tried again
+HOPELESS = 2.0  # an unknown choice that begins so much worse is not tried to the end
+
+
+@dataclass(frozen=True)
+class Choice:
+    threads: int
+    padding: int = 0
+
+
+class _Pace:
+    """How much slower than it should be each thread count was lately; 1 where nothing is known."""
+
+    def __init__(self, steps: int) -> None:
+        self._last: dict[int, deque[float]] = {}
+        self._steps = steps
+        self.slow: dict[int, float] = {}
+
+    def add(self, threads: int, ratio: float) -> bool:
+        """Whether a thread count became slow or stopped being so."""
+        last = self._last.setdefault(threads, deque(maxlen=self._steps))
+        last.append(ratio)
+        if len(last) < self._steps:
+            return False
+        now = sorted(last)[len(last) // 2]
+        if now > SLOW:
+            known = self.slow.get(threads)
+            self.slow[threads] = now
+            return known is None or abs(now / known - 1.0) > 0.25
+        if threads in self.slow and now < FINE:
+            del self.slow[threads]
+            return True
+        return False
+
+    def forgive(self, threads: int) -> None:
+        self.slow.pop(threads, None)
+        self._last.pop(threads, None)
+
+
+class Tuner:
+    """candidates: thread counts to choose among. default: (decode, prefill) while nothing is measured.
+    free_cores(): cores that nobody else used since it was last called; None if that cannot be told."""
+
+    def __init__(
+        self,
+        costs: StepCosts,
+        candidates: Sequence[int],
+        default: tuple[int, int],
+        free_cores: Callable[[], float | None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.costs = costs
+        self.candidates = tuple(candidates)
+        self._default = default
+        self._free_cores = free_cores
+        self._clock = clock
+        self._paces = {False: _Pace(3), True: _Pace(1)}  # prefill steps are long: one says enough
+        self._key: tuple[int, int, int] | None = None
+        self._choice = Choice(default[0])
+        self._age = 0
+        self._stale = True
+        self._retry_at = 0.0
+        self._retry_s = RETRY_S
+        self._forgiven: set[int] = set()
+
+    @property
+    def is_slowed(self) -> bool:
+        """Whether a neighbour keeps decoding from the threads it would have."""
+        return bool(self._paces[False].slow)
+
+    # -- before a step ---------------------------------------------------------------------------
+
+    def choose(self, tokens: int, rows: int, context: int, most: int) -> Choice:
+        """For a step of `tokens`, `rows` of them with logits. most: tokens that fit with padding."""
+        key = (tokens, rows, context // 512)
+        if key == self._key and not self._stale and self._age < RECONSIDER:
+            self._age += 1
+            return self._choice
+        self._reconsider_slow()
+        if tokens >= PREFILL_TOKENS:
+            choice = self._choose_prefill(context)
+        else:
+            choice = self._choose_small(tokens, rows, context, most)
+        if key != self._key or self._stale or choice != self._choice:
+            self._key, self._choice = key, choice
+        self._age, self._stale = 0, False
+        return self._choice
+
+    def _choose_prefill(self, context: int) -> Choice:
+        slow = self._paces[True].slow
+        costs: dict[int, float] = {}
+        for threads in self.candidates:
+            seconds = self.costs.known(StepClass.of(threads, PREFILL_TOKENS, 0, context))
+            if seconds is not None:
+                costs[threads] = seconds * slow.get(threads, 1.0)
+        default = self._default[1]
+        if not costs or (default not in costs and default not in slow):
+            return Choice(default)
+        best = min(costs, key=lambda t: (costs[t], t))
+        if best in slow:  # nothing known is good now: fewer threads may be
+            fewer = [t for t in self.candidates if t < best and t not in costs]
+            return Choice(max(fewer, default=best))
+        return Choice(best)
+
+    def _choose_small(self, tokens: int, rows: int, context: int, most: int) -> Choice:
+        slow = self._paces[False].slow
+        # A choice that was last measured with a shorter context is compared as if its cost had grown
+        # like the present one's since.
+        present_kind = StepClass.of(self._choice.threads, tokens, rows, context)
+        costs: dict[Choice, float] = {}
+        unknown: list[Choice] = []
+        for threads in self.candidates:
+            for size in padded_sizes(tokens, TILE, most) if tokens == rows else (tokens,):
+                choice = Choice(threads, size - tokens)
+                kind = StepClass.of(threads, size, rows, context)
+                found = self.costs.known_at(kind)
+                seconds: float | None
+                if found is not None:
+                    seconds = found[0]
+                    if found[1] < kind.context and threads != self._choice.threads:
+                        seconds *= self.costs.growth(present_kind, found[1])
+                else:
+                    seconds = None if choice.padding else self.costs.estimate(kind)
+                if seconds is None:
+                    unknown.append(choice)
+                else:
+                    costs[choice] = seconds * slow.get(threads, 1.0)
+                    if 0 < self.costs.count(kind) < TRIES:
+                        unknown.append(choice)
+        if not costs:
+            return Choice(self._default[0])
+        best = min(costs, key=lambda c: (costs[c], c.threads, c.padding))
+        trial = self._trial(unknown, costs, best)
+        if trial is not None:
+            return trial
+        present = costs.get(self._choice)
+        if present is not None and costs[best] > BETTER * present:
+            return self._choice  # not worth a change
+        return best
+
+    def _trial(self, unknown: list[Choice], costs: dict[Choice, float], best: Choice) -> Choice | None:
+        """A choice to try, since nothing tells what it costs: another padding with the best threads, or
+        threads that were never measured. Not where the first try was far off."""
+        slow = self._paces[False].slow
+        for choice in unknown:
+            if choice.threads in slow:
+                continue
+            if choice in costs and costs[choice] > HOPELESS * costs[best]:
+                continue
+            if (
+                choice in costs
+                or choice.threads == best.threads
+                or not any(c.threads == choice.threads for c in costs)
+            ):
+                return choice
+        return None
+
+    # -- after a step ----------------------------------------------------------------------------
+
+    def observe(self, choice: Choice, tokens: int, rows: int, context: int, seconds: float) -> None:
+        """Learn what a step took."""
+        prefill = tokens >= PREFILL_TOKENS
+        if prefill:
+            seconds /= tokens
+        kind = StepClass.of(choice.threads, tokens + choice.padding, rows, context)
+        known = self.costs.count(kind)
+        expected = self.costs.known(kind) if known >= TRIES or prefill else self.costs.estimate(kind)
+        self.costs.observe(kind, seconds)
+        if known <= TRIES:
+            self._stale = True  # something is being tried, or was just learnt
+        if expected is None:
+            return
+        # Where this context was never measured a shorter one's cost was taken: allow for more of it.
+        ratio = seconds / expected if known else min(seconds / expected, SLOW)
+        if self._paces[prefill].add(choice.threads, ratio):
+            self._stale = True
+            slow = self._paces[prefill].slow
+            if choice.threads in slow:
+                if choice.threads in self._forgiven:
+                    self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
+                    self._forgiven.discard(choice.threads)
+                self._free_cores()  # what counts is what is free from now on
+                self._retry_at = self._clock() + self._retry_s
+        elif choice.threads in self._forgiven and ratio < FINE:
+            self._forgiven.discard(choice.threads)
+            self._retry_s = RETRY_S
+
+    def _reconsider_slow(self) -> None:
+        """Take thread counts up again that there are cores for now."""
+        slow = {*self._paces[False].slow, *self._paces[True].slow}
+        if not slow or self._clock() < self._retry_at:
+            return
+        free = self._free_cores()
+        self._retry_at = self._clock() + self._retry_s
+        for threads in slow:
+            if free is None or free >= threads - 0.25:
+                self._forgiven.add(threads)
+                self._stale = True
+                for pace in self._paces.values():
+                    pace.forgive(threads)

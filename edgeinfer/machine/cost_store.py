@@ -1,0 +1,81 @@
+"""Measured step costs on disk, one small file for each machine, model, build and set of options.
+
+A file names all that it was measured under, and is used only where every word of that still holds: its
+name is a digest, but the words inside are compared. Damaged and foreign files are skipped, and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeinfer.machine.step_cost import StepCosts
+
+FORMAT = 1
+_MAX_BYTES = 4 << 20
+_KEEP = 200  # files; the oldest go
+
+
+def costs_folder() -> Path:
+    """In EDGEINFER_CACHE_DIR, or the platform's folder for what can be made again."""
+    override = os.environ.get("EDGEINFER_CACHE_DIR")
+    if override:
+        return Path(override).expanduser().absolute() / "step-costs"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_path("edgeinfer", appauthor=False)) / "step-costs"
+
+
+def costs_path(folder: Path, conditions: Mapping[str, str]) -> Path:
+    text = json.dumps(dict(sorted(conditions.items())))
+    return folder / f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json"
+
+
+def load_costs(folder: Path, conditions: Mapping[str, str]) -> StepCosts | None:
+    """What was measured under exactly these conditions; None if nothing was or it cannot be trusted."""
+    path = costs_path(folder, conditions)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return None
+        data: Any = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            return None
+        if data.get("conditions") != dict(conditions):
+            return None
+        return StepCosts.from_json(data.get("costs"))
+    except (OSError, ValueError, RecursionError):  # not there, or not ours
+        return None
+
+
+def save_costs(folder: Path, conditions: Mapping[str, str], costs: StepCosts) -> bool:
+    """Replace the file in one move; False where it cannot be written (it will be measured again)."""
+    path = costs_path(folder, conditions)
+    data = {"format": FORMAT, "conditions": dict(conditions), "costs": costs.as_json()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(data, file)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+        _forget_oldest(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _forget_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-_KEEP]:
+        with contextlib.suppress(OSError):
+            file.unlink()
