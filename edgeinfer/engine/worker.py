@@ -38,6 +38,7 @@ PROGRESS_INTERVAL_S = 0.03
 # A fast answer's text is told so far apart: every write wakes the owner, on a core that a decode thread
 # may be running on, and thirty a second look as smooth as two hundred.
 TELL_INTERVAL_S = 1 / 30
+SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 
 
 class Worker:
@@ -207,6 +208,9 @@ class Worker:
             if command is None:
                 os._exit(0)  # the owner is gone, and the main thread may be deep in native code
             self._prepare(command)
+            if command["cmd"] == "shutdown":
+                time.sleep(SHUTDOWN_S)  # for the main thread to put away what it has
+                os._exit(0)
 
     def _prepare(self, command: dict[str, Any]) -> None:
         kind = command["cmd"]
@@ -232,12 +236,10 @@ class Worker:
             costs.command_arrives()
         self._queue.put(command)
         engine = self._engine
-        if (
-            kind == "cancel"
-            and engine is not None
-            and engine.runtime.facts.can.abort
-            and engine.is_alone(command["key"])
-        ):
+        ends_step = kind == "shutdown" or (
+            kind == "cancel" and engine is not None and engine.is_alone(command["key"])
+        )
+        if ends_step and engine is not None and engine.runtime.facts.can.abort:
             engine.runtime.abort()
 
     def _tokenize(self, prompt: str | None, tokens: Iterable[int] | None) -> list[int]:
