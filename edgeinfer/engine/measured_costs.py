@@ -41,7 +41,7 @@ class MeasuredCosts:
         self.tuner = Tuner(self.costs, candidates, default, CoreUse().free_cores)
         budget = max(LEAST_BUDGET_S, SHARE_OF_LOAD * load_s)
         self._measurement: StepMeasurement | None = StepMeasurement(
-            runtime, self.costs, candidates, budget, self._must_stop
+            runtime, self.costs, candidates, budget, self._must_stop, CoreUse().free_cores
         )
         self._lock = threading.Lock()
         self._is_measuring = False

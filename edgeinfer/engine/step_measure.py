@@ -30,10 +30,13 @@ class StepMeasurement:
         candidates: Sequence[int],
         budget_s: float,
         must_stop: Callable[[], bool] = lambda: False,
+        free_cores: Callable[[], float | None] = lambda: None,
     ) -> None:
         """budget_s: seconds of steps in all; what does not fit is left to live steps. must_stop(): asked
-        between steps, for the pause between two of them in which `abort` has nothing to abort."""
+        between steps, for the pause between two of them in which `abort` has nothing to abort.
+        free_cores(): as a Tuner's; what was measured beside a busy neighbour is not kept."""
         self._must_stop = must_stop
+        self._free_cores = free_cores
         self._runtime = runtime
         self._costs = costs
         self._left_s = budget_s
@@ -99,6 +102,8 @@ class StepMeasurement:
         step = Step((part,))
         # Idle conversations in the cache lengthen what attention walks over.
         kind = StepClass.of(threads, tokens, tokens, facts.cells - runtime.free_cells())
+        self._free_cores()
+        took: list[float] = []
         try:
             # The first one with other threads wakes them, and is not counted; prefill is long enough.
             for repeat in range(repeats + (tokens != PREFILL)):
@@ -109,10 +114,14 @@ class StepMeasurement:
                 seconds = time.perf_counter() - begin
                 runtime.rewind(sequence, 0)
                 if repeat or tokens == PREFILL:
-                    self._costs.observe(kind, seconds / tokens if kind.tokens == 0 else seconds)
+                    took.append(seconds / tokens if kind.tokens == 0 else seconds)
         except (StepAborted, StepFailed, OutOfCells):
             return False
         finally:
             runtime.free(sequence)
             runtime.set_threads(facts.threads, facts.threads_batch)
+        free = self._free_cores()
+        if free is None or free >= threads - 0.25:
+            for _ in took:
+                self._costs.observe(kind, min(took))
         return True

@@ -25,6 +25,7 @@ FINE = 1.2
 BETTER = 0.96  # another choice must cost less than this much of the present one
 TRIES = 3  # steps of a kind before its cost is believed
 RECONSIDER = 32  # steps
+RECHECK, MAX_RECHECK = 64, 8192  # steps until the second best choice is looked at again
 RETRY_S, MAX_RETRY_S = 1.0, 60.0  # until a slow thread count may be tried again
 HOPELESS = 2.0  # an unknown choice that begins so much worse is not tried to the end
 
@@ -83,12 +84,16 @@ class Tuner:
         self._clock = clock
         self._paces = {False: _Pace(3), True: _Pace(1)}  # prefill steps are long: one says enough
         self._key: tuple[int, int, int] | None = None
-        self._choice = Choice(default[0])
+        self._choice = self._settled = Choice(default[0])
         self._age = 0
         self._stale = True
         self._retry_at = 0.0
         self._retry_s = RETRY_S
         self._forgiven: set[int] = set()
+        self._steps = 0  # small ones
+        self._recheck_at, self._recheck_after = RECHECK, RECHECK
+        self._recheck: Choice | None = None
+        self._recheck_left = 0
 
     @property
     def is_slowed(self) -> bool:
@@ -100,6 +105,7 @@ class Tuner:
     def choose(self, tokens: int, rows: int, context: int, most: int) -> Choice:
         """For a step of `tokens`, `rows` of them with logits. most: tokens that fit with padding."""
         key = (tokens, rows, context // 512)
+        self._steps += 1
         if key == self._key and not self._stale and self._age < RECONSIDER:
             self._age += 1
             return self._choice
@@ -160,10 +166,34 @@ class Tuner:
         trial = self._trial(unknown, costs, best)
         if trial is not None:
             return trial
-        present = costs.get(self._choice)
-        if present is not None and costs[best] > BETTER * present:
-            return self._choice  # not worth a change
-        return best
+        again = self._second_look(costs, best)
+        if again is not None:
+            return again
+        present = costs.get(self._settled)
+        if present is None or costs[best] <= BETTER * present:
+            self._settled = best  # else it is not worth a change
+        return self._settled
+
+    def _second_look(self, costs: dict[Choice, float], best: Choice) -> Choice | None:
+        """Now and then the best choice with other threads, for a few steps: its cost may have been
+        measured while something disturbed it. Ever more rarely, as long as that changes nothing."""
+        if self._recheck_left:
+            self._recheck_left -= 1
+            if self._recheck in costs:
+                return self._recheck
+        if self._steps < self._recheck_at or self._paces[False].slow:
+            return None
+        others = [choice for choice in costs if choice.threads != best.threads]
+        self._recheck_at = self._steps + self._recheck_after
+        self._recheck_after = min(2 * self._recheck_after, MAX_RECHECK)
+        free = self._free_cores()
+        if free is not None:
+            others = [choice for choice in others if free >= choice.threads - 0.25]
+        if not others:
+            return None
+        self._recheck = min(others, key=lambda c: (costs[c], c.threads))
+        self._recheck_left = TRIES - 1
+        return self._recheck
 
     def _trial(self, unknown: list[Choice], costs: dict[Choice, float], best: Choice) -> Choice | None:
         """A choice to try, since nothing tells what it costs: another padding with the best threads, or
@@ -193,7 +223,7 @@ class Tuner:
         known = self.costs.count(kind)
         expected = self.costs.known(kind) if known >= TRIES or prefill else self.costs.estimate(kind)
         self.costs.observe(kind, seconds)
-        if known <= TRIES:
+        if known <= TRIES or choice != self._settled:
             self._stale = True  # something is being tried, or was just learnt
         if expected is None:
             return

@@ -66,7 +66,8 @@ class StepCosts:
             return
         self.num_changes += 1
         cost = self._costs.get(kind)
-        if cost is None:
+        if cost is None or seconds * _TYPICAL < cost.mean:
+            # Nothing makes a step faster than it can be: what was known had been slowed by something.
             self._costs[kind] = _Cost(seconds, 1)
             return
         if seconds > _TYPICAL * cost.mean and cost.count > 2:

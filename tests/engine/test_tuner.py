@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -66,25 +67,30 @@ class Bench:
             self.costs.observe(StepClass.of(threads, 128, 0, 0), self.cost(threads, 128, 1) / 128)
 
 
+def mostly(chosen: list[Choice]) -> Choice:
+    """What it came to; now and then another choice is looked at again."""
+    return Counter(chosen[-30:]).most_common(1)[0][0]
+
+
 def test_unmeasured_thread_counts_are_tried_and_the_best_one_stays() -> None:
     bench = Bench(lambda t, n, r: 0.01 * n / t, (1, 2, 4, 8))
-    assert bench.run(60)[-1] == Choice(8)
+    assert mostly(bench.run(60)) == Choice(8)
     bench = Bench(lambda t, n, r: 0.01 * n * t, (1, 2, 4, 8))
-    assert bench.run(60)[-1] == Choice(1)
+    assert mostly(bench.run(60)) == Choice(1)
 
 
 def test_a_measured_machine_needs_no_trials() -> None:
     bench = Bench(two_cores)
     bench.measure()
-    assert set(bench.run(200)) == {Choice(2)}
+    assert bench.run(200).count(Choice(2)) >= 194
 
 
 def test_decode_and_prefill_have_threads_of_their_own() -> None:
     bench = Bench(lambda t, n, r: 0.005 * t if n == 1 else two_cores(t, n, r))
     bench.measure()
-    assert bench.run(5, 1)[-1] == Choice(1)
-    assert bench.run(2, 256, 1)[-1] == Choice(2)
-    assert bench.run(5, 1)[-1] == Choice(1)
+    assert mostly(bench.run(5, 1)) == Choice(1)
+    assert mostly(bench.run(2, 256, 1)) == Choice(2)
+    assert mostly(bench.run(5, 1)) == Choice(1)
 
 
 def test_a_busy_neighbour_is_left_one_core_within_a_few_steps_and_taken_back_when_it_goes() -> None:
@@ -93,12 +99,12 @@ def test_a_busy_neighbour_is_left_one_core_within_a_few_steps_and_taken_back_whe
     bench.run(50)
     bench.busy = True
     chosen = bench.run(60)
-    assert chosen[-1] == Choice(1)
+    assert mostly(chosen) == Choice(1)
     assert chosen.count(Choice(2)) <= 4
     assert bench.tuner.is_slowed
     bench.busy = False
     chosen = bench.run(400)  # some seconds
-    assert chosen[-1] == Choice(2)
+    assert mostly(chosen) == Choice(2)
     assert not bench.tuner.is_slowed
 
 
@@ -108,6 +114,22 @@ def test_a_neighbour_that_stays_is_not_tried_again_and_again() -> None:
     bench.busy = True
     chosen = bench.run(4000)  # more than a minute
     assert chosen.count(Choice(2)) <= 6
+
+
+def test_what_was_measured_beside_a_neighbour_is_put_right() -> None:
+    bench = Bench(two_cores)
+    bench.measure()
+    for tokens in (1, 2, 4):
+        kind = StepClass.of(2, tokens, tokens, 0)
+        bench.costs._costs[kind].mean = 0.08 * tokens
+    assert mostly(bench.run(200)) == Choice(2)
+    assert bench.costs.known(StepClass.of(2, 1, 1, 0)) == pytest.approx(two_cores(2, 1, 1), rel=0.1)
+
+
+def test_second_looks_become_rare() -> None:
+    bench = Bench(lambda t, n, r: 0.01 / t)
+    bench.measure()
+    assert bench.run(20_000).count(Choice(1)) <= 40
 
 
 def test_without_a_view_of_the_cores_retries_become_rare() -> None:
@@ -127,7 +149,7 @@ def test_one_slow_step_changes_nothing() -> None:
     bench.busy = True
     bench.run(1)
     bench.busy = False
-    assert set(bench.run(100)) == {Choice(2)}
+    assert bench.run(100).count(Choice(2)) >= 94
 
 
 def test_prefill_moves_at_once_where_fewer_threads_are_faster() -> None:
@@ -142,7 +164,7 @@ def test_prefill_moves_at_once_where_fewer_threads_are_faster() -> None:
 def test_padding_is_tried_and_kept_where_it_wins(rows: int, padding: int) -> None:
     bench = Bench(two_cores)
     bench.measure()
-    assert bench.run(80, rows)[-1] == Choice(2, padding)
+    assert mostly(bench.run(80, rows)) == Choice(2, padding)
 
 
 def test_a_hopeless_padding_is_tried_once() -> None:
@@ -173,4 +195,4 @@ def test_a_machine_that_has_become_slower_for_good_is_learnt() -> None:
     bench.run(600)
     learnt = bench.costs.known(StepClass.of(2, 1, 1, 0))
     assert learnt == pytest.approx(2.5 * two_cores(2, 1, 1), rel=0.1)
-    assert bench.run(50)[-1] == Choice(2)
+    assert mostly(bench.run(50)) == Choice(2)
