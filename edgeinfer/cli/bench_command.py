@@ -13,7 +13,7 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.errors import INTERRUPTED
 from edgeinfer.cli.interrupts import first_interrupt
-from edgeinfer.errors import UsageError, one_line
+from edgeinfer.errors import EdgeInferError, UsageError, one_line
 
 if TYPE_CHECKING:
     from edgeinfer.cli.output import StatusLine
@@ -39,7 +39,7 @@ def bench(
     warmup: options.Warmup = 1,
     plot: options.Plot = None,
     backend: options.Backend = "auto",
-    ctx: options.Ctx = None,
+    ctx: options.BenchCtx = None,
     threads: options.Threads = "auto",
     gpu_layers: options.GpuLayers = "auto",
     kv_type: options.KvType = "f16",
@@ -107,8 +107,10 @@ def _plan(
         raise UsageError(f"--suite {suite[:40]!r} does not exist; there are speed and concurrency")
     chosen: Suite = "concurrency" if suite == "concurrency" else "speed"
     default_prompt, default_new = _SIZES[chosen]
-    prompts = options.parse_counts("--prompt-tokens", prompt_tokens or default_prompt)
-    news = options.parse_counts("--new-tokens", new_tokens or default_new)
+    prompts = options.parse_counts(
+        "--prompt-tokens", default_prompt if prompt_tokens is None else prompt_tokens
+    )
+    news = options.parse_counts("--new-tokens", default_new if new_tokens is None else new_tokens)
     many = options.parse_counts("--streams", streams) if suite == "concurrency" else (1,)
     if max(many) > MAX_SEQUENCES:
         raise UsageError(f"--streams {max(many)} is outside [1, {MAX_SEQUENCES}]")
@@ -158,6 +160,9 @@ def _measure(
             running.run()
         except KeyboardInterrupt:  # the second: what was measured is still told
             interrupted.set()
+        except EdgeInferError:
+            if not interrupted.is_set():  # else it failed on its way to the end that was asked for
+                raise
     partial = interrupted.is_set() and not running.is_complete
     return Report(info, plan, running.figures, busy, partial)
 

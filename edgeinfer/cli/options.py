@@ -104,6 +104,10 @@ Ctx = Annotated[
         "ctx", "Tokens of context. Default: 4096, or what the model was trained on if less.", "N", _MODEL
     ),
 ]
+BenchCtx = Annotated[
+    int | None,
+    _option("ctx", "Tokens of context. Default: as many as the runs need.", "N", _MODEL),
+]
 Threads = Annotated[str, _option("threads", "Processor threads, or auto.", "N", _MODEL)]
 GpuLayers = Annotated[
     str, _option("gpu-layers", "Layers placed on a GPU, or auto: all that fit.", "N", _MODEL)
