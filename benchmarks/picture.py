@@ -85,8 +85,10 @@ def _ratio(axes: Axes, one: Drawn) -> None:
 
 
 def _plain(axes: Axes, rounds: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlim(0.4, rounds + 0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

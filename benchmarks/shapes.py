@@ -272,7 +272,7 @@ def _add_vocabulary(writer: Any, size: int, vocabulary: Path) -> None:
         raise PeerError(f"{vocabulary.name}: its {len(tokens)} tokens are more than the shape's {size}")
     # Normal tokens, though no merge makes them: sampled, they give text; special ones would be looked
     # for in every prompt.
-    padding = {
+    padding: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": [f"<unused{number}>" for number in range(missing)],
         "tokenizer.ggml.token_type": [1] * missing,
         "tokenizer.ggml.scores": [0.0] * missing,
