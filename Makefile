@@ -9,7 +9,7 @@ STARTER := smollm2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat prompt-given run test check static bench clean
+.PHONY: help setup model chat prompt-given run test check static bench bars clean
 # The order inside `make clean setup` and of the parts of `test` is meant.
 .NOTPARALLEL:
 
@@ -21,7 +21,7 @@ help:  ## Print the targets
 	@echo 'make TARGET, where TARGET is'
 	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 12
 	@echo
-	@echo 'ARGS="…" adds options to chat, run and bench; PYTHON=python3.12 and ACCEL=cuda|vulkan|metal are for setup.'
+	@echo 'ARGS="…" adds options to chat, run, bench and bars; PYTHON=python3.12 and ACCEL=cuda|vulkan|metal are for setup.'
 
 setup:  ## Make .venv with everything that runs here (compiles llama.cpp once, about 5 minutes)
 	@command -v "$(PYTHON)" >/dev/null || { echo 'setup: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12 …' >&2; exit 1; }
@@ -51,7 +51,10 @@ static: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: model  ## Measure against llama.cpp's own tools (builds them once, about 10 minutes)
+bench: model  ## Measure how fast the starter answers here
+	@$(BIN)/edgeinfer bench $(STARTER) $(ARGS)
+
+bars: model  ## Measure against llama.cpp's own tools (builds them once, about 10 minutes)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## Remove .venv and build leftovers; models and caches of the user stay

@@ -25,7 +25,7 @@ from edgeinfer.errors import EdgeInferError
 
 MAX_BYTES = 256 * 1024
 
-Kind = Literal["whole", "number", "text", "texts", "count", "size", "switch"]
+Kind = Literal["whole", "number", "text", "texts", "count", "counts", "size", "switch"]
 
 KEYS: Mapping[str, Kind] = {
     "model": "text",
@@ -51,6 +51,13 @@ KEYS: Mapping[str, Kind] = {
     "system": "text",
     "stop": "texts",
     "raw": "switch",
+    "suite": "text",
+    "prompt-tokens": "counts",
+    "new-tokens": "counts",
+    "streams": "counts",
+    "repeat": "whole",
+    "warmup": "whole",
+    "plot": "text",
     "quiet": "switch",
     "json": "switch",
     "debug": "switch",
@@ -62,6 +69,7 @@ _KINDS: Mapping[Kind, tuple[tuple[type, ...], str]] = {
     "text": ((str,), 'text in quotes, like "…"'),
     "texts": ((str, list), 'text in quotes, or a list of them: ["…", "…"]'),
     "count": ((int, str), 'a whole number or "auto"'),
+    "counts": ((int, str), 'a whole number, or several like "128,512"'),
     "size": ((int, str), 'a size, like "512M" or 0'),
     "switch": ((bool,), "true or false"),
 }
@@ -195,7 +203,7 @@ def _checked(where: str, kind: Kind, value: object) -> Value:
         raise ConfigInvalid(f"{where} is a number with more digits than any option takes")
     if kind == "texts" and isinstance(value, str):
         return [value]
-    if kind in ("count", "size"):
+    if kind in ("count", "counts", "size"):
         return str(value)
     return value  # type: ignore[return-value]
 

@@ -21,6 +21,8 @@
     │   ├── OutOfCells            the KV cache has no room for the step
     │   ├── SharedCells           the operation would change another sequence's cells
     │   └── SnapshotRejected      a KV snapshot is not for this runtime, or is damaged
+    ├── MeasureFailed             a benchmark's figure would not be what it says
+    ├── ExtraMissing              an optional package is not installed; says how to get it
     ├── WorkerDied                the process that held the model ended; carries how
     └── RequestFailed             a request ended `failed`; carries the reason
 
@@ -131,6 +133,14 @@ class SharedCells(BackendError):
 
 
 class SnapshotRejected(BackendError):
+    pass
+
+
+class MeasureFailed(EdgeInferError):
+    pass
+
+
+class ExtraMissing(EdgeInferError):
     pass
 
 

@@ -190,7 +190,7 @@ def compile_wheel(venv: Path, version: str, accel: str, into: Path) -> Path:
 def install_project(root: Path, venv: Path) -> None:
     say("setup: installing edgeinfer and its development tools")
     constraints = str(root / "constraints.txt")
-    command = ["install", "--quiet", "--constraint", constraints, "--editable", f"{root}[dev]"]
+    command = ["install", "--quiet", "--constraint", constraints, "--editable", f"{root}[dev,plot]"]
     run_pip(venv, command, "installing edgeinfer")
     # An illegal instruction or a missing library shows here, not in somebody's first chat.
     check = "import llama_cpp.llama_cpp as api; api.llama_backend_init(); import edgeinfer.cli"

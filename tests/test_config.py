@@ -35,11 +35,11 @@ def test_a_missing_file_is_an_empty_one(path: Path) -> None:
 def test_every_key_takes_a_value_of_its_kind(path: Path) -> None:
     written = {
         "whole": "3", "number": "0.5", "text": '"a"', "texts": '["a", "b"]', "count": "4",
-        "size": '"1G"', "switch": "true",
+        "counts": '"128,512"', "size": '"1G"', "switch": "true",
     }  # fmt: skip
     read_back = {
-        "whole": 3, "number": 0.5, "text": "a", "texts": ["a", "b"], "count": "4", "size": "1G",
-        "switch": True,
+        "whole": 3, "number": 0.5, "text": "a", "texts": ["a", "b"], "count": "4",
+        "counts": "128,512", "size": "1G", "switch": True,
     }  # fmt: skip
     config = read(path, "\n".join(f"{key} = {written[kind]}" for key, kind in KEYS.items()))
     assert config.found

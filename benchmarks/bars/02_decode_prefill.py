@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.alternate import Side, alternate, comparison_table
+from benchmarks.alternate import Side, alternate
 from benchmarks.conversation import GREEDY, random_tokens
 from benchmarks.model_files import starter_q4_0
 from benchmarks.peers import PeerError, peer
@@ -97,9 +97,8 @@ def measure(bar: Bar) -> None:
             rounds,
             lambda number, a, b: print(f"  round {number}: {dict(a)} | {dict(b)}", file=sys.stderr),
         )
-        bar.say(f"\n{model.name}, {threads} threads, median of {rounds} alternations of {repeats} runs")
-        bar.say(comparison_table(comparisons))
-        bar.details[f"threads {threads}"] = [c.as_json() for c in comparisons]
+        title = f"{model.name}, {threads} threads, median of {rounds} alternations of {repeats} runs"
+        bar.show(title, comparisons, LEAST_RATIO)
         for c in comparisons:
             ratio = c.ratio.median
             what = f"{c.metric}, {threads} threads: {ratio:.3f} of llama-bench's >= {LEAST_RATIO}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.alternate import Side, alternate, comparison_table
+from benchmarks.alternate import Side, alternate
 from benchmarks.conversation import GREEDY, long_chat
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.client import Client, LocalClient, OpenOptions, Request
@@ -45,10 +45,10 @@ def measure(bar: Bar) -> None:
             side("7 idle chats", busy), side("no idle chat", alone), bar.options.rounds
         )
         kept = [busy.start(request).result().stats.usage.cached_tokens for request in idle]
-    bar.say(f"\n{bar.options.sequences} sequences, median of {bar.options.rounds} alternations")
-    bar.say(comparison_table(comparisons))
+    title = f"{bar.options.sequences} sequences, median of {bar.options.rounds} alternations"
+    bar.show(title, comparisons, LEAST_RATIO)
     bar.say(f"  tokens of the idle chats still cached afterwards: {kept}")
-    bar.details.update(comparisons=[c.as_json() for c in comparisons], still_cached=kept)
+    bar.details["still_cached"] = kept
     ratio = comparisons[0].ratio.median
     bar.require(
         f"decode beside idle chats: {ratio:.3f} of decode alone >= {LEAST_RATIO}", ratio >= LEAST_RATIO

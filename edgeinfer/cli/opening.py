@@ -1,4 +1,4 @@
-"""From options to a client: shared by `run` and `chat`."""
+"""From options to a client: shared by `run`, `chat` and `bench`."""
 
 from __future__ import annotations
 

@@ -37,6 +37,17 @@ def parse_count(option: str, text: str) -> int | None:
     return int(text)
 
 
+def parse_counts(option: str, text: str) -> tuple[int, ...]:
+    """ "128,512" -> (128, 512): each at least 1, none twice."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,7}", word) for word in words) or not all(map(int, words)):
+        raise UsageError(f"{option} {text[:40]!r} is no list of numbers; write for example 128,512")
+    counts = tuple(int(word) for word in words)
+    if len(set(counts)) < len(counts):
+        raise UsageError(f"{option} {text[:40]!r} has a number twice")
+    return counts
+
+
 def check_text(option: str, text: str | None) -> None:
     """Raises UsageError for bytes of the command line that were no text in its encoding."""
     if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
@@ -72,6 +83,7 @@ def _switch(key: str, help_text: str, *also: str) -> Any:
 
 
 _MODEL, _SAMPLING, _ANSWER = "Model and memory", "Choosing tokens", "Answer"
+_MEASURE = "What is measured"
 
 Model = Annotated[
     str | None,
@@ -91,6 +103,10 @@ Ctx = Annotated[
     _option(
         "ctx", "Tokens of context. Default: 4096, or what the model was trained on if less.", "N", _MODEL
     ),
+]
+BenchCtx = Annotated[
+    int | None,
+    _option("ctx", "Tokens of context. Default: as many as the runs need.", "N", _MODEL),
 ]
 Threads = Annotated[str, _option("threads", "Processor threads, or auto.", "N", _MODEL)]
 GpuLayers = Annotated[
@@ -150,6 +166,25 @@ System = Annotated[
 Stop = Annotated[
     list[str] | None,
     _option("stop", "Text that ends the answer; may be given several times.", "TEXT", _ANSWER),
+]
+Suite = Annotated[
+    str,
+    _option("suite", "speed: one request at a time; concurrency: several at once.", "NAME", _MEASURE),
+]
+PromptTokens = Annotated[
+    str | None,
+    _option("prompt-tokens", "Lengths of the prompts to read, like 128,512.", "N,…", _MEASURE),
+]
+NewTokens = Annotated[
+    str | None, _option("new-tokens", "Lengths of the answers to write, like 64,256.", "N,…", _MEASURE)
+]
+Streams = Annotated[
+    str, _option("streams", "How many requests at once, like 1,2,4 (concurrency).", "N,…", _MEASURE)
+]
+Repeat = Annotated[int, _option("repeat", "Samples of each figure.", "N", _MEASURE)]
+Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.", "N", _MEASURE)]
+Plot = Annotated[
+    str | None, _option("plot", "Draw the figures into a .svg or .png file.", "FILE", _MEASURE)
 ]
 Raw = Annotated[bool, _switch("raw", "Send PROMPT as it is, without the chat template.")]
 Quiet = Annotated[bool, _switch("quiet", "Nothing on stderr but errors.", "-q")]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Event, current_thread, main_thread
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +11,7 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.configured import FileDefaults, is_model_name
 from edgeinfer.cli.errors import INTERRUPTED
+from edgeinfer.cli.interrupts import first_interrupt
 from edgeinfer.errors import EdgeInferError, RequestFailed, UsageError, error_from_wire, one_line
 
 if TYPE_CHECKING:
@@ -150,7 +148,7 @@ def _answer(
             emit(printable(text) if on_terminal else text)
 
     generation = client.start(request)
-    with _first_interrupt(generation.cancel) as interrupted:
+    with first_interrupt(generation.cancel) as interrupted:
         ended = _follow(generation, status, show)
     status.clear()
     if ended.outcome == "failed":
@@ -184,28 +182,6 @@ def _follow(generation: Generation, status: StatusLine, show: Callable[[str], No
         elif isinstance(event, Ended):
             return event
     raise RequestFailed("the answer broke off without an end")
-
-
-@contextmanager
-def _first_interrupt(act: Callable[[], None]) -> Iterator[Event]:
-    """The first Ctrl+C inside calls `act` and sets the event, so that no exception can fall between two
-    events of an answer; a second one is KeyboardInterrupt."""
-    happened = Event()
-    if current_thread() is not main_thread():
-        yield happened
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        if happened.is_set():
-            raise KeyboardInterrupt
-        happened.set()
-        act()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield happened
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _failure(ended: Ended) -> EdgeInferError:

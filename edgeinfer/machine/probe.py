@@ -54,6 +54,14 @@ def default_threads() -> tuple[int, int]:
     return max(1, cores - 1), cores
 
 
+def busy_share(span_s: float = 0.5) -> float:
+    """The share of all processor time that others used during the next `span_s` seconds, 0 to 1, while
+    this process waits."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=span_s)) / 100
+
+
 def machine_fingerprint() -> str:
     """What makes measured speeds those of this machine: processor, its features, cores, memory size."""
     machine = probe_machine()

@@ -11,11 +11,14 @@ import pytest
 from edgeinfer.config import KEYS
 from tests.cli.conftest import Console, Invoke, Script
 
-COMMANDS = ["chat", "run", "doctor", "models", "models list", "models pull", "models show", "models rm"]
-HEAVY = {"gguf", "jinja2", "llama_cpp", "numpy", "rich", "textual", "torch"}
+COMMANDS = [
+    *("chat", "run", "bench", "doctor"),
+    *("models", "models list", "models pull", "models show", "models rm"),
+]
+HEAVY = {"gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "rich", "textual", "torch"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["chat"], ["models"], ["doctor"]])
+@pytest.mark.parametrize("arguments", [[], ["run"], ["chat"], ["bench"], ["models"], ["doctor"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from edgeinfer.cli.app import run\n"
@@ -51,7 +54,7 @@ def test_the_help_of_run_is_in_groups(invoke: Invoke) -> None:
 
 
 def test_every_key_of_the_config_file_is_in_the_help(invoke: Invoke) -> None:
-    text = invoke("run", "--help").out + invoke("chat", "--help").out
+    text = "".join(invoke(command, "--help").out for command in ("run", "chat", "bench"))
     for key in KEYS:
         assert f"--{key} " in text or key == "model", key
 
@@ -66,7 +69,7 @@ def test_version_is_one_line(console: Console) -> None:
     ("arguments", "said"),
     [
         (["rnu"], "there is no command 'rnu'; did you mean 'run'?"),
-        (["zzz"], "there are chat, run, doctor, models; see `edgeinfer --help`"),
+        (["zzz"], "there are chat, run, bench, doctor, models; see `edgeinfer --help`"),
         (["my.gguf"], "to chat with that model: edgeinfer chat my.gguf"),
         (["smollm2"], "to chat with that model: edgeinfer chat smollm2"),
         (["why is the sky blue?"], 'edgeinfer run "…"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -184,4 +185,40 @@ def test_ctrl_c_while_a_template_loops_is_a_stop(console: Console, start: Start,
     assert session.end() == 130
     assert b"Traceback" not in session.err
     assert len(session.last_words) == 1 and "stopped" in session.last_words[0]
+    console.wait_until_nothing_runs()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+def test_ctrl_c_keeps_what_was_measured(
+    console: Console, start: Start, script: Script, tmp_path: Path, form: list[str]
+) -> None:
+    picture = tmp_path / "partial.svg"
+    slow = script(step_s=0.01)
+    sizes = ("--prompt-tokens", "8", "--new-tokens", "20", "--repeat", "500", "--warmup", "0")
+    session = start("bench", *slow, *sizes, "--plot", picture, *form)
+    session.until(lambda: b"run 5 of 1000" in session.err)
+    session.interrupt()
+    assert session.end() == 130
+    assert b"Traceback" not in session.err
+    assert any("partial" in line for line in session.last_words)
+    assert "(partial)" in picture.read_text()
+    if form:
+        found = json.loads(session.out)
+        assert found["partial"] is True
+        samples = {f["metric"]: len(f["samples"]) for f in found["figures"]}
+        assert samples == {"prefill": 2, "ttft": 2, "decode": 2}
+    else:
+        assert b"decode, 20 tokens" in session.out
+    console.wait_until_nothing_runs()
+
+
+def test_ctrl_c_before_anything_was_measured_is_a_stop(
+    console: Console, start: Start, script: Script
+) -> None:
+    session = start("bench", *script(step_s=0.5), "--prompt-tokens", "8")
+    session.until(lambda: b"prefill of 8" in session.err)
+    session.interrupt()
+    assert session.end() == 130
+    assert session.out == b""
+    assert session.last_words[-1] == "edgeinfer: stopped"
     console.wait_until_nothing_runs()

@@ -23,7 +23,7 @@ def targets() -> set[str]:
 
 
 def test_the_makefile_has_the_promised_targets() -> None:
-    assert targets() >= {"setup", "check", "test", "chat", "run", "bench", "clean", "help"}
+    assert targets() >= {"setup", "check", "test", "chat", "run", "bench", "bars", "clean", "help"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
@@ -53,7 +53,7 @@ def test_every_edgeinfer_command_in_the_readme_exists() -> None:
 def test_plain_make_prints_the_targets() -> None:
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for target in ("setup", "check", "test", "chat", "run", "bench", "clean"):
+    for target in ("setup", "check", "test", "chat", "run", "bench", "bars", "clean"):
         assert re.search(rf"^  {target}\s+\S", done.stdout, re.MULTILINE), target
 
 
@@ -95,7 +95,8 @@ def test_constraints_hold_what_the_design_fixes() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["plot"]
     for requirement in wanted:
         pinned_version(CONSTRAINTS, re.split(r"[<>=!~\[; ]", requirement)[0])
 

@@ -138,8 +138,10 @@ class CellTable:
         self._cells[target] = cells
 
     def drop(self, sequence: int, start: int, stop: int) -> Drop:
-        """Forget positions [start, stop). Positions after them move down; their cells stay."""
+        """Forget positions [start, stop). Positions after them move down; their cells stay, so none of
+        them may be shared: it would have two positions."""
         cells = self._cells[sequence]
+        assert stop == len(cells) or not self.is_shared(sequence, start)
         going = cells[start:stop]
         del cells[start:stop]
         freed = []
