@@ -85,6 +85,7 @@ class Capabilities:
     token_masks: bool = True
     embeddings: bool = False
     abort: bool = False  # a running step can be interrupted
+    threads: bool = True  # `set_threads` changes how many threads compute
     draft: bool = False  # early-exit or other drafting inside the runtime
     layers: bool = False  # run, capture, replace, differentiate one layer
     quantize_rows: bool = False
@@ -138,7 +139,8 @@ class Step:
     """One forward pass: several sequences, each with one or more tokens, in this order.
 
     `padding` dummy rows of a scratch sequence ride along (a batch that fills its kernel's tile can be
-    cheaper than a smaller one); they change the cost of a step, never its results.
+    cheaper than a smaller one); they change the cost of a step, never its results. A backend that
+    gains nothing by them leaves them out.
     """
 
     parts: Sequence[SequenceStep]
@@ -229,7 +231,8 @@ class Runtime(ABC):
 
     @abstractmethod
     def set_threads(self, threads: int, threads_batch: int) -> None:
-        """For decoding and for prefill; 0: those of the load."""
+        """For decoding and for prefill; 0: those of the load. Without `can.threads` the framework has no
+        such setting: the numbers are checked, and facts and results stay."""
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
         """The text's embedding: shape (embedding_size,), mean-pooled unless the model says otherwise,
