@@ -1,8 +1,8 @@
-"""A small Hugging Face folder: random weights and a byte-level tokenizer.json, in the form real ones have.
+"""A small Hugging Face folder: random weights and a byte-level tokenizer.json, as real ones are.
 
     write_tiny_folder(tmp_path / "tiny")                     # Llama, float32, about 0.5 MB
     write_tiny_folder(path, model_type="qwen3", layers=1)
-    write_tiny_folder(path, config={"rope_theta": "many"})   # a key given another value, None leaves it out
+    write_tiny_folder(path, config={"rope_theta": "many"})   # a key given another value, or left out
 
 The same arguments give the same bytes.
 """
@@ -42,7 +42,7 @@ def write_tiny_folder(
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a folder and return it. config, tensors: values that replace those written, None leaves out."""
+    """Write a folder and return it. config, tensors: what replaces what is written; None leaves out."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
@@ -67,7 +67,9 @@ def write_tiny_folder(
         "eos_token_id": vocab_size - UNUSED_IDS - 1,
     } | dict(config or {})
     values = {key: value for key, value in values.items() if value is not None}
-    weights = _weights(model_type, seed, vocab_size, layers, hidden, heads, kv_heads, head_dim, feed_forward)
+    weights = _weights(
+        model_type, seed, vocab_size, layers, hidden, heads, kv_heads, head_dim, feed_forward
+    )
     if not values.get("tie_word_embeddings"):
         weights["lm_head.weight"] = _normal(seed + 1, vocab_size, hidden) * _HEAD_SCALE
     weights |= dict(tensors or {})
@@ -89,7 +91,15 @@ def write_tiny_folder(
 
 def tokenizer_definition(normalizer: str | None = None, bos: str | None = None) -> dict[str, Any]:
     """A tokenizer.json of the kind GPT-2, Llama 3 and Qwen use, made by the library itself."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: token for token, text in enumerate(letters)}
@@ -142,7 +152,9 @@ def _weights(
         for index, (name, (rows, columns)) in enumerate(shapes.items()):
             # 1.5 / sqrt(columns): activations neither die nor explode, and attention is not uniform
             scale = 1.5 * columns**-0.5
-            weights[f"{at}.{name}.weight"] = _normal(seed + 100 * layer + 2 + index, rows, columns) * scale
+            weights[f"{at}.{name}.weight"] = (
+                _normal(seed + 100 * layer + 2 + index, rows, columns) * scale
+            )
             if model_type == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 weights[f"{at}.{name}.bias"] = _normal(seed + 7, 1, rows)[0] * np.float32(0.1)
         weights[f"{at}.input_layernorm.weight"] = ones

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's tokenizer.json behind the `Tokenizer` protocol, through the `tokenizers` library.
+"""A Hugging Face folder's tokenizer.json behind the `Tokenizer` protocol, by the `tokenizers` library.
 
 The file is untrusted. The library reads it in Rust and runs nothing from it; what it would do silently
 (cutting prompts at a "truncation" length, padding them) is taken out before it sees the file.
@@ -45,7 +45,9 @@ class HfTokenizer:
 
     def __init__(self, definition: Mapping[str, Any], config: TokenizerConfig, vocab_size: int) -> None:
         added = _added_tokens(definition, vocab_size)
-        self._text = json.dumps({**definition, "added_tokens": added, "truncation": None, "padding": None})
+        self._text = json.dumps(
+            {**definition, "added_tokens": added, "truncation": None, "padding": None}
+        )
         self._size = vocab_size
         self._special = {token["id"]: token["content"] for token in added if token.get("special")}
         self._added = {token["id"]: token["content"] for token in added}
@@ -176,7 +178,9 @@ class _PieceDecoder:
                 f"{FILE_NAME}: its decoder ({found}) is not one of byte-level and SentencePiece"
                 " vocabularies; use a .gguf of this model"
             )
-        prepends = any(p.get("prepend_scheme", "always") != "never" for p in parts if "Metaspace" in kinds)
+        prepends = any(
+            p.get("prepend_scheme", "always") != "never" for p in parts if "Metaspace" in kinds
+        )
         self.strips_first_space = not self._is_byte_level and ("Strip" in kinds or prepends)
 
     def decode(self, text: str) -> bytes:
@@ -185,7 +189,9 @@ class _PieceDecoder:
             known = [value for value in values if value is not None]
             return bytes(known) if len(known) == len(values) else text.encode("utf-8", "replace")
         byte = _BYTE_TOKEN.fullmatch(text)
-        return bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode("utf-8", "replace")
+        return (
+            bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode("utf-8", "replace")
+        )
 
 
 def _decoder_parts(decoder: Any) -> list[Mapping[str, Any]]:

@@ -154,8 +154,6 @@ def test_empty_sequences_cost_no_cells(runtime: CheckedRuntime) -> None:
 
 def test_running_out_of_cells_changes_nothing_and_freeing_helps(load: Load) -> None:
     tight, roomy = load(context=256, sequences=2), load()
-    if tight.facts.kv_layout != "shared":
-        pytest.skip("sequences of this backend do not draw on one pool of cells")
     prompt = some_tokens(tight, CHUNK)
     one, big = opened(tight, prompt), opened(tight, some_tokens(tight, 256, seed=1))
     while tight.free_cells() > 128:  # backends may have cells beyond the contexts

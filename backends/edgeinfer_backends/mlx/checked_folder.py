@@ -187,7 +187,11 @@ def _check_tensors(found: SafetensorsFolder, config: Mapping[str, Any]) -> None:
         )
     is_packed = f"{_EMBEDDING.removesuffix('.weight')}.scales" in shapes
     expected = (config["vocab_size"], config["hidden_size"])
-    if len(embedding) != 2 or embedding[0] != expected[0] or (embedding[1] != expected[1] and not is_packed):
+    if (
+        len(embedding) != 2
+        or embedding[0] != expected[0]
+        or (embedding[1] != expected[1] and not is_packed)
+    ):
         raise _bad(f"promises embeddings of shape {list(expected)}, the weights have {list(embedding)}")
     parts = (name.split(".") for name in shapes if name.startswith("model.layers."))
     layers = {int(part[2]) for part in parts if part[2].isdecimal() and len(part[2]) <= 6}
@@ -203,7 +207,10 @@ def _is_rope(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     kind = value.get("rope_type") or value.get("type") or "default"
-    if kind not in _ROPE_TYPES or (kind != "default" and not _is_number(value.get("factor", 1.0))):
+    if kind not in _ROPE_TYPES:
+        return False
+    factor = value.get("factor")
+    if kind != "default" and factor is not None and not (_is_number(factor) and factor > 0):
         return False
     return all(isinstance(key, str) and _is_rope_value(each) for key, each in value.items())
 

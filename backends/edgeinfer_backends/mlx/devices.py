@@ -28,7 +28,7 @@ def describe_build(mlx: str, mlx_lm: str) -> str:
 
 
 def chosen_kind(settings: RuntimeSettings) -> str:
-    """"cpu" or "gpu". MLX does not divide a model's layers: any but none of them means all."""
+    """ "cpu" or "gpu". MLX does not divide a model's layers: any but none of them means all."""
     return "gpu" if settings.gpu_layers != 0 and _default_is_gpu() else "cpu"
 
 

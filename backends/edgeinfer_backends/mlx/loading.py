@@ -1,4 +1,4 @@
-"""From a checked folder to a runtime: mlx-lm's loader on a staged folder, weights read layer by layer."""
+"""From a checked folder to a runtime: mlx-lm's loader on a staged folder, layer by layer."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _build(path: Path) -> Any:
 
 
 def _mlx_lm_loader() -> Callable[..., tuple[Any, Any]]:
-    """Importing mlx-lm sets the process's limits of open files, which nobody asked for, cannot be undone,
-    and fails where they are lower already: it does not get to."""
+    """Importing mlx-lm lowers the process's limits of open files for good, and fails where they are
+    lower already: it does not get to."""
     import resource
 
     original = resource.setrlimit

@@ -47,7 +47,13 @@ def _arguments(rope: Any) -> dict[str, Any] | None:
         return None
     traditional = bool(getattr(rope, "traditional", False))
     if frequencies is not None:
-        return {"dims": size, "traditional": traditional, "base": None, "scale": 1.0, "freqs": frequencies}
+        return {
+            "dims": size,
+            "traditional": traditional,
+            "base": None,
+            "scale": 1.0,
+            "freqs": frequencies,
+        }
     base, scale = getattr(rope, "base", None), getattr(rope, "scale", None)
     if not isinstance(base, int | float) or not isinstance(scale, int | float):
         return None

@@ -1,7 +1,7 @@
 """A loaded MLX model: each sequence has its own KV cache and its own forward pass.
 
-A step's parts run one after another. On the CPU build that costs next to nothing (there is one thread and
-its matrix product has no faster form for more rows), and a sequence's results are those it has alone.
+A step's parts run one after another. On the CPU build that costs next to nothing (one thread, and a
+matrix product that has no faster form for more rows), and a sequence's results are those it has alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeinfer.backend import (
     BLOCK_TOKENS,
@@ -163,8 +163,8 @@ class MlxRuntime(Runtime):
             )
 
     def _warm_up(self, vocab_size: int) -> list[tuple[int, int, int]]:
-        """Run two tokens, which also computes what mlx-lm's modules left lazy (it belongs to this thread's
-        stream until then). Returns each layer's (KV heads, size of a key, size of a value)."""
+        """Run two tokens, which also computes what mlx-lm's modules left lazy (until then it belongs to
+        this thread's stream). Returns each layer's (KV heads, size of a key, size of a value)."""
         import mlx.core as mx
 
         cache = SequenceCache(self._model.num_layers, self._type_k, self._type_v)
@@ -188,7 +188,9 @@ class MlxRuntime(Runtime):
         with self._mapped("a step"):
             rows = [logits for logits, _ in computed if logits is not None]
             found = _to_numpy(rows) if rows else None
-            self._commit([(self._sequences[p.sequence], c[1]) for p, c in zip(step.parts, computed, strict=True)])
+            self._commit(
+                [(self._sequences[p.sequence], c[1]) for p, c in zip(step.parts, computed, strict=True)]
+            )
         self._rows = found
         return StepResult(starts, counts)
 

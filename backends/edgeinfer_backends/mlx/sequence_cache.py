@@ -1,7 +1,7 @@
 """One sequence's keys and values, and the cache objects that mlx-lm's attention is given in a step.
 
-A step only reads what is kept and stages what it computes; `commit` writes it when the whole step has been
-computed. So a step that fails anywhere, or is interrupted, has changed nothing.
+A step only reads what is kept and stages what it computes; `commit` writes it when the whole step has
+been computed. So a step that fails anywhere, or is interrupted, has changed nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    Layers = list[tuple[mx.array, mx.array] | None]
 
 GROWTH = 256  # positions by which the buffers grow
 _SPARE = 2 * GROWTH  # unused positions above which a rewind gives memory back
@@ -22,7 +24,7 @@ class SequenceCache:
     def __init__(self, num_layers: int, type_k: Any, type_v: Any) -> None:
         self.length = 0
         self.type_k, self.type_v = type_k, type_v
-        self.layers: list[tuple[mx.array, mx.array] | None] = [None] * num_layers
+        self.layers: Layers = [None] * num_layers
 
     def step(self, interrupt: Callable[[], None] | None = None) -> list[StepLayer]:
         """Cache objects for one step, one for each layer. interrupt: called whenever a layer's keys have
@@ -69,9 +71,11 @@ class SequenceCache:
         if length == 0:
             self.layers = [None] * len(self.layers)
         elif capacity - wanted > _SPARE:
-            kept = [_both(each, lambda x: mx.contiguous(x[..., :wanted, :])) for each in self.layers]
-            mx.eval(kept)
-            self.layers = kept
+            shorter: Layers = [
+                _both(kept, lambda x: mx.contiguous(x[..., :wanted, :])) for kept in self.layers
+            ]
+            mx.eval(shorter)
+            self.layers = shorter
         self.length = length
 
     def evict(
@@ -80,7 +84,7 @@ class SequenceCache:
         """Drop [start, stop) and rotate the keys behind down by as much. rotations: of each layer."""
         import mlx.core as mx
 
-        new: list[tuple[mx.array, mx.array] | None] = []
+        new: Layers = []
         for kept, rotate in zip(self.layers, rotations, strict=True):
             assert kept is not None
             keys, values = kept
@@ -116,12 +120,10 @@ class SequenceCache:
 
 
 class StepLayer:
-    """What mlx-lm asks of a cache, for one layer in one step. Deliberately has no `bits`: mlx-lm takes an
-    object with them for its own quantized cache."""
+    """What mlx-lm asks of a cache, for one layer in one step. Deliberately without `bits`: mlx-lm takes
+    an object with them for its own quantized cache."""
 
-    def __init__(
-        self, cache: SequenceCache, layer: int, interrupt: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, cache: SequenceCache, layer: int, interrupt: Callable[[], None] | None) -> None:
         self._cache = cache
         self._layer = layer
         self._interrupt = interrupt

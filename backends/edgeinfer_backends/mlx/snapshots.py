@@ -25,7 +25,11 @@ class SnapshotFormat:
     """shapes: each layer's (KV heads, size of a key, size of a value)."""
 
     def __init__(
-        self, identity: Mapping[str, str], shapes: Sequence[tuple[int, int, int]], type_k: Any, type_v: Any
+        self,
+        identity: Mapping[str, str],
+        shapes: Sequence[tuple[int, int, int]],
+        type_k: Any,
+        type_v: Any,
     ) -> None:
         text = repr(sorted(identity.items()))
         self._identity = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -59,7 +63,9 @@ class SnapshotFormat:
             raise SnapshotRejected(
                 f"the KV snapshot holds positions [{begin}, {end}), not [{start}, {start + count})"
             )
-        if len(body) != count * self.bytes_per_position or check != _checksum(identity, begin, end, body):
+        if len(body) != count * self.bytes_per_position or check != _checksum(
+            identity, begin, end, body
+        ):
             raise SnapshotRejected("the KV snapshot is damaged")
         layers, offset = [], 0
         for heads, size_k, size_v in self._shapes:
