@@ -40,11 +40,18 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> HfTokenizer:
     return HfTokenizer(read_json(folder / FILE_NAME), read_tokenizer_config(folder), vocab_size)
 
 
+def added_token_texts(folder: Path) -> list[str]:
+    """The texts of the tokens beside the vocabulary, the special ones among them. Raises
+    ModelNotFound, ModelFileInvalid."""
+    return [token["content"] for token in _added_tokens(read_json(folder / FILE_NAME))]
+
+
 class HfTokenizer:
     """Implements `edgeinfer_models.tokenizer.Tokenizer`. Thread-safe."""
 
     def __init__(self, definition: Mapping[str, Any], config: TokenizerConfig, vocab_size: int) -> None:
-        added = _added_tokens(definition, vocab_size)
+        # Without those that the model has no embedding for: older conversions list a [PAD] like that.
+        added = [token for token in _added_tokens(definition) if token["id"] < vocab_size]
         self._text = json.dumps(
             {**definition, "added_tokens": added, "truncation": None, "padding": None}
         )
@@ -216,8 +223,7 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF_LETTER = _byte_letters()
 
 
-def _added_tokens(definition: Mapping[str, Any], vocab_size: int) -> list[dict[str, Any]]:
-    """Those that the model has an embedding for: older conversions list a [PAD] that none has."""
+def _added_tokens(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
     tokens = definition.get("added_tokens") or []
     if not isinstance(tokens, list):
         raise ModelFileInvalid(f"{FILE_NAME}: 'added_tokens' is not a list; download it again")
@@ -225,7 +231,7 @@ def _added_tokens(definition: Mapping[str, Any], vocab_size: int) -> list[dict[s
         proper = isinstance(token, dict) and isinstance(token.get("content"), str)
         if not proper or type(token.get("id")) is not int or token["id"] < 0:
             raise ModelFileInvalid(f"{FILE_NAME}: an added token is damaged; download it again")
-    return [token for token in tokens if token["id"] < vocab_size]
+    return tokens
 
 
 @contextmanager

@@ -95,7 +95,9 @@ def test_constraints_hold_what_the_design_fixes() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    wanted = project["dependencies"] + [
+        r for e in ("dev", "mlx") for r in project["optional-dependencies"][e]
+    ]
     for requirement in wanted:
         pinned_version(CONSTRAINTS, re.split(r"[<>=!~\[; ]", requirement)[0])
 
