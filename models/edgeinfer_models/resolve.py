@@ -167,7 +167,7 @@ def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
     config = config_from_hf(folder)
     found = read_safetensors_folder(folder)
     kind = found.config.get("model_type")
-    if kind not in MLX_MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MLX_MODEL_TYPES:
         raise UnsupportedModel(
             f"{shown(folder)}: safetensors weights of the type {shown(str(kind))} cannot be run in this"
             f" version (the mlx backend runs {', '.join(sorted(MLX_MODEL_TYPES))}; conversion comes with"

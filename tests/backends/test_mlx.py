@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +160,21 @@ def test_positions_whose_angle_depends_on_the_length_are_not_moved(tmp_path: Pat
         runtime.evict(sequence, 1, 3)
 
 
+@needs_mlx
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_rope_settings_mean_the_same_where_newer_files_put_them(
+    tmp_path: Path, model_type: ModelType
+) -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    new = {"rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    rows = [
+        all_rows(load(write_tiny_folder(tmp_path / name, model_type=model_type, config=config)), TOKENS)
+        for name, config in (("old", old), ("new", new), ("none", {}))
+    ]
+    assert is_same(rows[0], rows[1])
+    assert not np.allclose(rows[0], rows[2])
+
+
 # -- half-way failures -----------------------------------------------------------------------------
 
 
@@ -265,31 +279,6 @@ def test_decoding_writes_in_place_and_rewinding_gives_memory_back(runtime: Any) 
     assert cache.capacity == 0
 
 
-# -- threads ---------------------------------------------------------------------------------------
-
-
-@needs_mlx
-def test_a_runtime_loaded_in_one_thread_runs_in_another(folder: Path) -> None:
-    """MLX's streams belong to threads: nothing may be left to be computed on the loader's."""
-    made: list[Any] = []
-
-    def in_thread(work: Callable[[], Any]) -> Any:
-        thread = threading.Thread(target=lambda: made.append(work()))
-        thread.start()
-        thread.join()
-        return made[-1]
-
-    runtime = in_thread(lambda: load(folder))
-    expected = all_rows(load(folder), TOKENS)
-    sequence = in_thread(lambda: opened(runtime, TOKENS))
-    assert runtime.length(sequence) == len(TOKENS)
-    runtime.evict(sequence, 1, 3)
-    runtime.restore(runtime.fork(sequence, 2), runtime.snapshot(sequence, 2, 9), 7)
-    assert is_same(all_rows(runtime, TOKENS), expected)
-    encoded = in_thread(lambda: runtime.tokenizer.encode("hi", add_special=False, parse_special=False))
-    assert runtime.tokenizer.decode(encoded) == "hi"
-
-
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -346,6 +335,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a path as model type": {"model_type": "../../evil"},
     "a module that is no model": {"model_type": "cache"},
     "a number as model type": {"model_type": 7},
+    "a list as model type": {"model_type": ["llama"]},
+    "an angle that is no number": {"rope_theta": float("nan")},
+    "an angle of 400 digits": {"rope_theta": 10**400},
+    "a factor of 400 digits": {"rope_scaling": {"type": "linear", "factor": 10**400}},
     "terabytes of embeddings": {"vocab_size": 2**31 - 1, "hidden_size": 2**17},
     "more than any machine": {"hidden_size": 10**30},
     "a negative size": {"intermediate_size": -1},

@@ -100,12 +100,11 @@ def check_folder(files: ModelFiles) -> CheckedFolder:
 
 def _checked_config(found: SafetensorsFolder) -> tuple[dict[str, Any], tuple[str, ...]]:
     given = found.config
-    for key in ("model_file", "auto_map"):
-        if given.get(key) is not None and (key == "model_file" or given.get("model_type") is None):
-            raise UnsupportedModel(
-                f"config.json: '{key}' names Python code, and code from a model folder is never run;"
-                " use a .gguf of this model"
-            )
+    if given.get("model_file") is not None:
+        raise UnsupportedModel(
+            "config.json: 'model_file' names Python code, and code from a model folder is never run;"
+            " use a .gguf of this model"
+        )
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in MLX_MODEL_TYPES:
         known = ", ".join(sorted(MLX_MODEL_TYPES))
@@ -200,7 +199,9 @@ def _check_tensors(found: SafetensorsFolder, config: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 2**63  # beyond, it may be no float
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_rope(value: Any) -> bool:
