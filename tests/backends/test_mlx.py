@@ -90,11 +90,10 @@ def test_logits_are_those_of_mlx_lms_own_call_with_its_stock_cache(
     assert expected.std() > 0.5, "logits that are all alike would agree with anything"
 
 
-@needs_mlx
-def test_weights_that_mlx_quantized_are_run(tmp_path: Path) -> None:
+def quantized_folder(folder: Path) -> Path:
     import mlx.core as mx
 
-    folder = write_tiny_folder(tmp_path / "tiny")
+    write_tiny_folder(folder)
     weights = dict(mx.load(str(folder / "model.safetensors")))
     for name in [name for name in weights if name.endswith(("_proj.weight", "embed_tokens.weight"))]:
         packed, scales, biases = mx.quantize(weights[name], group_size=32, bits=4)
@@ -102,9 +101,35 @@ def test_weights_that_mlx_quantized_are_run(tmp_path: Path) -> None:
         weights |= {name: packed, f"{base}scales": scales, f"{base}biases": biases}
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     change_config(folder, {"quantization": {"group_size": 32, "bits": 4}})
+    return folder
+
+
+@needs_mlx
+def test_weights_that_mlx_quantized_are_run(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path / "tiny")
     runtime = load(folder)
     assert is_same(all_rows(runtime, TOKENS), stock_rows(folder, [TOKENS]))
     assert runtime.facts.warnings == ()
+
+
+@needs_mlx
+@pytest.mark.parametrize("weights", ["float16", "4 bits"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+def test_however_a_prompt_is_cut_its_rows_are_the_same(
+    tmp_path: Path, weights: str, kv_type: str
+) -> None:
+    """On the CPU build; the contract suite holds it for float32 weights."""
+    if FOUND.devices[0].kind != "cpu":
+        pytest.skip("mlx: a GPU takes other kernels for other numbers of rows")
+    at = tmp_path / "tiny"
+    folder = quantized_folder(at) if weights == "4 bits" else write_tiny_folder(at, dtype="float16")
+    runtime = load(folder, RuntimeSettings(context=256, kv_type_k=kv_type, kv_type_v=kv_type))
+    tokens = some_tokens(runtime, 100)
+    expected = feed(runtime, runtime.open(), tokens, chunk=100)
+    for chunk in (1, 3, 64, 99):
+        sequence = runtime.open()
+        assert is_same(feed(runtime, sequence, tokens, chunk=chunk), expected), chunk
+        runtime.free(sequence)
 
 
 # -- moved keys ------------------------------------------------------------------------------------
