@@ -7,7 +7,8 @@ never decides: what to evict, when to snapshot or how much to draft is the engin
 Words used throughout: a *sequence* is one stream of positions 0, 1, 2, … in the KV cache; a *cell*
 stores one position's keys and values and may belong to several sequences (a fork shares cells); a
 *step* is one forward pass over several sequences; a *row* is one position of a step whose logits
-were asked for. Runtimes are used from one thread at a time, except `abort` and the tokenizer.
+were asked for. Runtimes are used from one thread at a time, which need not be the one that loaded
+them; `abort` and the tokenizer from any.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Capabilities:
     token_masks: bool = True
     embeddings: bool = False
     abort: bool = False  # a running step can be interrupted
+    threads: bool = True  # `set_threads` changes how many threads compute
     draft: bool = False  # early-exit or other drafting inside the runtime
     layers: bool = False  # run, capture, replace, differentiate one layer
     quantize_rows: bool = False
@@ -103,7 +105,8 @@ class RuntimeFacts:
     max_step_tokens: int
     max_logit_rows: int
     # 1, or: steps of at least this many tokens in all may take another kernel than smaller ones, and
-    # differ in the last bits. Exact (a request's results are those it has alone, however its prompt is
+    # differ in the last bits (a backend that runs parts one by one: parts of at least this many). Exact
+    # (a request's results are those it has alone, however its prompt is
     # cut) are then small steps of any mixture, large steps of one sequence, and forks at multiples of
     # this. (llama.cpp's CPU backend: with quantized weights, and one thread; else within about 1e-3.)
     stable_chunk_tokens: int
@@ -138,7 +141,8 @@ class Step:
     """One forward pass: several sequences, each with one or more tokens, in this order.
 
     `padding` dummy rows of a scratch sequence ride along (a batch that fills its kernel's tile can be
-    cheaper than a smaller one); they change the cost of a step, never its results.
+    cheaper than a smaller one); they change the cost of a step, never its results. A backend that
+    gains nothing by them leaves them out.
     """
 
     parts: Sequence[SequenceStep]
@@ -229,7 +233,8 @@ class Runtime(ABC):
 
     @abstractmethod
     def set_threads(self, threads: int, threads_batch: int) -> None:
-        """For decoding and for prefill; 0: those of the load."""
+        """For decoding and for prefill; 0: those of the load. Without `can.threads` the framework has no
+        such setting: the numbers are checked, and facts and results stay."""
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
         """The text's embedding: shape (embedding_size,), mean-pooled unless the model says otherwise,
@@ -252,12 +257,14 @@ class Runtime(ABC):
 
     @abstractmethod
     def free_cells(self) -> int:
-        """Cells that `forward` can still fill (after compaction, if the backend compacts)."""
+        """Cells that `forward` can still fill (after compaction, if the backend compacts). One pool for
+        all sequences, whatever the layout; none of them holds more than `context`."""
 
     @abstractmethod
     def fork(self, sequence: int, length: int) -> int:
-        """A new sequence that starts with the first `length` positions of another; with the `shared`
-        layout no cell is copied."""
+        """A new sequence that starts with the first `length` positions of another. With the `shared`
+        layout no cell is copied; with `private` it takes `length` cells, even where the backend copies
+        memory at the first write only. Raises OutOfCells."""
 
     @abstractmethod
     def rewind(self, sequence: int, length: int) -> None:

@@ -30,7 +30,7 @@ DEFAULT_CACHE_BYTES = 2**30
 _COMPUTE_FLOOR = 32 * 2**20
 _COMPUTE_ROWS = 512
 
-_BACKEND_OF_FORMAT = {"gguf": "llamacpp", "scripted": "scripted"}
+_BACKEND_OF_FORMAT = {"gguf": "llamacpp", "safetensors": "mlx", "scripted": "scripted"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,12 @@ def _choose_backend(wanted: str, model_format: str) -> str:
             f"backend {wanted} opens {', '.join(backend.formats)} models, not {model_format};"
             " leave --backend out to have one chosen"
         )
+    if model_format == "safetensors":  # said here, with the way out, and not by the worker
+        found = backend.probe()
+        if not found.usable:
+            raise BackendUnavailable(
+                f"{wanted}: {found.reason}; it runs safetensors weights; or use a .gguf of this model"
+            )
     return wanted
 
 

@@ -3,7 +3,8 @@
 1. A virtual environment with this Python.
 2. llama-cpp-python, compiled for this machine, or the wheel an earlier set-up compiled for the very same
    version, compiler, CPU and options (wheel_key.py says what counts, wheel_cache.py keeps them).
-3. edgeinfer itself, editable, with its development tools, at the versions of constraints.txt.
+3. edgeinfer itself, editable, with its development tools and MLX where there is one, at the versions of
+   constraints.txt.
 
 A stamp is written last, so an interrupted set-up goes on where it was, and one that has nothing to do
 returns in a fraction of a second. Standard library only: nothing is installed yet when it runs.
@@ -42,6 +43,7 @@ INSTALLED_WHEEL = "edgeinfer-llama-cpp.json"
 BUILD_CORE_MINUTES = 9  # 4 to 5 minutes on 2 cores, more beside other work
 HEARTBEAT_S = 30.0
 PACKAGE = "llama-cpp-python"
+MLX_GLIBC, MLX_MACOS = "2.35", "14.0"  # the oldest that mlx 0.32's wheels are for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,10 +189,37 @@ def compile_wheel(venv: Path, version: str, accel: str, into: Path) -> Path:
     return found[0]
 
 
+def mlx_obstacle(system: str, machine: str, libc: tuple[str, str], macos: str) -> str:
+    """Why MLX has no wheel here; "" where it has one."""
+    if (system, machine) == ("Darwin", "arm64"):
+        return "" if _at_least(macos, MLX_MACOS) else f"macOS {macos} is older than {MLX_MACOS}"
+    if system == "Linux" and machine in ("x86_64", "aarch64"):
+        name, version = libc
+        is_new = name == "glibc" and _at_least(version, MLX_GLIBC)
+        return (
+            ""
+            if is_new
+            else f"it needs glibc {MLX_GLIBC}, here is {name or 'another'} {version}".rstrip()
+        )
+    return f"there is none for {system} on {machine}"
+
+
+def extras() -> str:
+    """What is installed beside edgeinfer itself, as pip writes it."""
+    obstacle = mlx_obstacle(
+        platform.system(), platform.machine(), platform.libc_ver(), platform.mac_ver()[0]
+    )
+    if obstacle:
+        say(f"setup: leaving out MLX, and its tests: {obstacle}")
+        return "dev,plot"
+    return "dev,plot,mlx"
+
+
 def install_project(root: Path, venv: Path) -> None:
+    wanted = extras()
     say("setup: installing edgeinfer and its development tools")
     constraints = str(root / "constraints.txt")
-    command = ["install", "--quiet", "--constraint", constraints, "--editable", f"{root}[dev,plot]"]
+    command = ["install", "--quiet", "--constraint", constraints, "--editable", f"{root}[{wanted}]"]
     run_pip(venv, command, "installing edgeinfer")
     # An illegal instruction or a missing library shows here, not in somebody's first chat.
     check = "import llama_cpp.llama_cpp as api; api.llama_backend_init(); import edgeinfer.cli"
@@ -304,6 +333,11 @@ def say(text: str, stream: TextIO | None = None) -> None:
 def _is_installed(venv: Path, version: str) -> bool:
     names = (venv / "lib").glob(f"python*/site-packages/llama_cpp_python-{version}.dist-info/METADATA")
     return any(True for _ in names)
+
+
+def _at_least(version: str, wanted: str) -> bool:
+    numbers = [int(part) for part in version.split(".") if part.isdecimal()]
+    return numbers >= [int(part) for part in wanted.split(".")]
 
 
 def _build_jobs(cores: int) -> int:

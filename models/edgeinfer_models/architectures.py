@@ -1,4 +1,4 @@
-"""The architectures llama.cpp knows, and what their graphs take for granted.
+"""The architectures llama.cpp knows, and what their graphs take for granted; those the mlx backend runs.
 
 Source: src/llama-arch.cpp and src/models/*.cpp of llama.cpp as packaged in llama-cpp-python 0.3.36. A
 newer llama.cpp knows more; the list is renewed when the dependency is.
@@ -71,3 +71,7 @@ WHOLE_HEAD_ROPE: frozenset[str] = frozenset((
     "smallthinker", "smollm3", "starcoder2", "talkie", "xverse",
 ))
 # fmt: on
+
+# `model_type` of config.json: those whose mlx-lm class has been run against our cache (tests do). Others
+# mix in recurrent states, sliding windows or caches of their own.
+MLX_MODEL_TYPES: frozenset[str] = frozenset(("llama", "mistral", "qwen2", "qwen3"))

@@ -19,7 +19,9 @@ from edgeinfer.errors import TemplateError
 from edgeinfer_models import template_process
 from edgeinfer_models.gguf_format import GgufArray, iter_strings
 from edgeinfer_models.gguf_header import GgufHeader
+from edgeinfer_models.hf_tokenizer import added_token_texts
 from edgeinfer_models.template_process import MAX_OUTPUT, MEMORY_LIMIT, read_frame, write_frame
+from edgeinfer_models.tokenizer_config import read_tokenizer_config
 
 TIME_LIMIT_S = 5.0
 MAX_TEMPLATE = 1 << 20  # characters; real ones have some 20,000
@@ -46,6 +48,16 @@ def template_of(header: GgufHeader) -> TemplateSource:
         return TemplateSource(text, "model", bos, eos)
     name = _fallback_name(tokens)
     return TemplateSource(FALLBACKS[name], "fallback", bos, eos, name, _FALLBACK_STOPS.get(name, ()))
+
+
+def template_of_folder(folder: Path) -> TemplateSource:
+    """The same for a Hugging Face folder. Raises ModelFileInvalid for one that is damaged."""
+    config = read_tokenizer_config(folder)
+    if config.chat_template.strip():
+        return TemplateSource(config.chat_template, "model", config.bos, config.eos)
+    name = _fallback_name([text.encode("utf-8", "replace") for text in added_token_texts(folder)])
+    stops = _FALLBACK_STOPS.get(name, ())
+    return TemplateSource(FALLBACKS[name], "fallback", config.bos, config.eos, name, stops)
 
 
 def fallback_template(header: GgufHeader) -> str:

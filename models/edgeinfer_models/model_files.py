@@ -12,7 +12,7 @@ ModelFormat = Literal["gguf", "safetensors", "scripted"]
 @dataclass(frozen=True)
 class ModelFiles:
     name: str  # as the user knows it
-    paths: tuple[Path, ...]  # the weights, shards in order
+    paths: tuple[Path, ...]  # the weights, shards in order; a safetensors model's other files are beside
     format: ModelFormat
     digest: str = ""  # of the weights; "" until somebody needed it
     weight_types: tuple[tuple[str, int], ...] = ()  # (tensor type, bytes); empty where not known

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from edgeinfer.errors import ModelError, ModelFileInvalid, ModelNotFound, UnsupportedModel
+from edgeinfer_models.architectures import MLX_MODEL_TYPES
 from edgeinfer_models.catalogue import CATALOGUE, STARTER, suggestion
-from edgeinfer_models.chat_template import TemplateSource, template_of
+from edgeinfer_models.chat_template import TemplateSource, template_of, template_of_folder
 from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_hf
 from edgeinfer_models.file_kind import shown
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
-from edgeinfer_models.safetensors_header import read_safetensors_header
+from edgeinfer_models.safetensors_header import read_safetensors_folder, read_safetensors_header
 from edgeinfer_models.store import InstalledModel, find_model, last_used, list_models
 
 Origin = Literal["catalogue", "file", "folder"]
@@ -100,9 +101,7 @@ def _from_path(spec: str) -> ResolvedModel:
     if stat.S_ISDIR(mode):
         return _from_folder(path)
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
-        if path.name.endswith(".safetensors"):
-            read_safetensors_header(path)
-        raise _safetensors_later(path)
+        return _from_safetensors(path)
     return _from_gguf(path, path.stem, "file")
 
 
@@ -123,8 +122,7 @@ def _from_folder(folder: Path) -> ResolvedModel:
             f"{shown(folder)}: has {len(candidates)} GGUF models ({some}); give the path of one"
         )
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-        config_from_hf(folder)
-        raise _safetensors_later(folder)
+        return _from_hf_folder(folder, "folder")
     raise ModelNotFound(
         f"{shown(folder)}: has no .gguf model in it; give a model file or a folder with one"
     )
@@ -147,10 +145,46 @@ def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
     )
 
 
-def _safetensors_later(path: Path) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{shown(path)}: safetensors weights cannot be run in this version (their conversion comes with"
-        " `edgeinfer quantize`); use a .gguf of this model"
+def _from_safetensors(path: Path) -> ResolvedModel:
+    """One file, or an index, of a folder that has the rest of the model."""
+    if path.name.endswith(".safetensors"):
+        read_safetensors_header(path)
+    if not (path.parent / "config.json").is_file():
+        raise UnsupportedModel(
+            f"{shown(path)}: are weights without the config.json that says what they are; give the"
+            " model's whole folder, or use a .gguf of this model"
+        )
+    model = _from_hf_folder(path.parent, "file")
+    if path.name.endswith(".safetensors") and path not in model.files.paths:
+        raise UnsupportedModel(
+            f"{shown(path)}: is not part of the model that is described beside it; give a folder of its"
+            " own"
+        )
+    return model
+
+
+def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
+    config = config_from_hf(folder)
+    found = read_safetensors_folder(folder)
+    kind = found.config.get("model_type")
+    if not isinstance(kind, str) or kind not in MLX_MODEL_TYPES:
+        raise UnsupportedModel(
+            f"{shown(folder)}: safetensors weights of the type {shown(str(kind))} cannot be run in this"
+            f" version (the mlx backend runs {', '.join(sorted(MLX_MODEL_TYPES))}; conversion comes with"
+            " `edgeinfer quantize`); use a .gguf of this model"
+        )
+    sizes: dict[str, int] = {}
+    for tensor in found.tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
+    paths = tuple(shard.path for shard in found.shards)
+    types = tuple(sorted(sizes.items()))
+    return ResolvedModel(
+        spec=str(folder.absolute()),
+        files=ModelFiles(folder.resolve().name, paths, "safetensors", weight_types=types),
+        config=config,
+        header=None,
+        template=template_of_folder(folder),
+        origin=origin,
     )
 
 

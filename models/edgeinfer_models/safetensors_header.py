@@ -79,7 +79,9 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     if not raw.startswith(b"{"):
         raise _invalid(path.name, "its header is not a JSON object")
     entries = _parse_json(path.name, raw)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null
+        metadata = {}
     if not isinstance(metadata, dict):
         raise _invalid(path.name, "'__metadata__' is not an object")
     data_offset = 8 + length

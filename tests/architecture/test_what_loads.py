@@ -15,8 +15,10 @@ HEAVY = (
     "jinja2",
     "llama_cpp",
     "mlx",
+    "mlx_lm",
     "numpy",
     "textual",
+    "tokenizers",
     "torch",
     "transformers",
 )
@@ -42,6 +44,12 @@ def test_the_check_sees_what_is_loaded() -> None:
     assert {"numpy", "edgeinfer"} <= loaded_by("edgeinfer_backends.scripted")
 
 
-@pytest.mark.parametrize("backend", ["edgeinfer_backends.llamacpp", "edgeinfer_backends.scripted"])
+@pytest.mark.parametrize("backend", ["llamacpp", "mlx", "scripted"])
 def test_importing_a_backend_does_not_load_its_framework(backend: str) -> None:
-    assert loaded_by(backend) & {"coremltools", "llama_cpp", "mlx", "torch"} == set()
+    frameworks = {"coremltools", "llama_cpp", "mlx", "mlx_lm", "torch", "transformers"}
+    assert loaded_by(f"edgeinfer_backends.{backend}") & frameworks == set()
+
+
+@pytest.mark.parametrize("module", ["checked_folder", "devices", "loading", "model", "runtime"])
+def test_importing_a_part_of_the_mlx_room_does_not_load_mlx(module: str) -> None:
+    assert loaded_by(f"edgeinfer_backends.mlx.{module}") & {"mlx", "mlx_lm", "tokenizers"} == set()

@@ -11,6 +11,7 @@ from edgeinfer.registry import get_backend
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from edgeinfer_models.model_files import ModelFiles
 from tests.contract.checked_runtime import CheckedRuntime
+from tests.fixtures_hf import ModelType
 
 SETTINGS = RuntimeSettings(
     context=1024, sequences=3, step_tokens=512, logit_rows=64, threads=1, threads_batch=1, gpu_layers=0
@@ -46,8 +47,25 @@ def _scripted(script: Script) -> RuntimeFactory:
     return RuntimeFactory(name, lambda: ScriptedBackend(script), lambda folder: SCRIPTED_FILES)
 
 
+def _tiny_folder(folder: Path, model_type: ModelType) -> ModelFiles:
+    from tests.fixtures_hf import write_tiny_folder
+
+    path = folder / f"tiny-{model_type}"
+    if not path.exists():
+        write_tiny_folder(path, model_type=model_type)
+    return ModelFiles(name=path.name, paths=(path / "model.safetensors",), format="safetensors")
+
+
+def _mlx(model_type: ModelType) -> RuntimeFactory:
+    return RuntimeFactory(
+        f"mlx-{model_type}", lambda: get_backend("mlx"), lambda folder: _tiny_folder(folder, model_type)
+    )
+
+
 RUNTIMES = (
     _scripted(Script()),
     _scripted(Script(kv_layout="private")),
     RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf),
+    _mlx("llama"),
+    _mlx("qwen3"),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,6 +215,32 @@ def test_what_cannot_be_embedded_is_refused(runtime: CheckedRuntime) -> None:
                 runtime.embed(tokens)
         with pytest.raises((ValueError, OutOfCells)):
             runtime.embed([1] * (runtime.facts.cells + 1))
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_a_runtime_loaded_in_one_thread_runs_in_another(load: Load) -> None:
+    """A user interface loads where it does not block and a worker steps where it likes."""
+
+    def in_thread(work: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    runtime, here = in_thread(load), load()
+    tokens = some_tokens(here, CHUNK)
+    sequence = in_thread(lambda: opened(runtime, tokens))
+    if runtime.facts.can.evict:
+        runtime.evict(sequence, 4, 10)
+        in_thread(lambda: runtime.evict(sequence, 4, 10))
+    if runtime.facts.can.snapshot:
+        payload = in_thread(lambda: runtime.snapshot(sequence, 0, 50))
+        runtime.restore(runtime.open(), payload, 50)
+    other = runtime.open()
+    assert (feed(runtime, other, tokens) == feed(here, here.open(), tokens)).all()
+    ids = in_thread(lambda: runtime.tokenizer.encode("hi", add_special=False, parse_special=False))
+    assert runtime.tokenizer.decode(ids) == "hi"
+    in_thread(runtime.close)
 
 
 # -- the end ---------------------------------------------------------------------------------------

@@ -157,16 +157,27 @@ def test_a_snapshot_of_another_position_is_refused(runtime: CheckedRuntime) -> N
 
 
 def test_a_snapshot_made_with_other_kv_types_has_another_identity(load: Load) -> None:
-    plain, quantized = load(), load(kv_type_k="q8_0")
+    plain = load()
     require(plain, "snapshot")
-    if quantized.facts.kv_type_k == plain.facts.kv_type_k:
+    others = [load(kv_type_k=kind) for kind in ("q8_0", "f32")]
+    differing = [other for other in others if other.facts.kv_type_k != plain.facts.kv_type_k]
+    if not differing:
         pytest.skip(f"{plain.facts.backend} has one KV type")
-    assert dict(plain.identity()) != dict(quantized.identity())
     payload = plain.snapshot(opened(plain, some_tokens(plain, 100)), 0, 100)
-    target = quantized.open()
-    with pytest.raises(SnapshotRejected):
-        quantized.restore(target, payload, 100)
-    assert quantized.length(target) == 0
+    for other in differing:
+        assert dict(plain.identity()) != dict(other.identity())
+        target = other.open()
+        with pytest.raises(SnapshotRejected):
+            other.restore(target, payload, 100)
+        assert other.length(target) == 0
+
+
+def test_a_kv_type_that_is_not_there_is_said_and_another_taken(load: Load) -> None:
+    """What was asked for is either had, or a warning names it."""
+    for kind in ("q8_0", "f32", "f16"):
+        facts = load(kv_type_k=kind, kv_type_v=kind).facts
+        if (facts.kv_type_k, facts.kv_type_v) != (kind, kind):
+            assert any(kind in warning for warning in facts.warnings), kind
 
 
 def test_restoring_without_room_changes_nothing(load: Load) -> None:

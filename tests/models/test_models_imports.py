@@ -15,6 +15,7 @@ HEAVY = (
     "gguf",
     "jinja2",
     "safetensors",
+    "tokenizers",
     "platformdirs",
     "psutil",
     "llama_cpp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from edgeinfer_models.pull import pull
 from edgeinfer_models.resolve import resolve_model
 from tests.fixtures_gguf import write_tiny_gguf
 from tests.models.test_gguf_model import split
-from tests.models.test_safetensors_header import hf_folder
+from tests.models.test_safetensors_header import CONFIG, hf_folder
 
 
 @pytest.fixture
@@ -111,16 +112,70 @@ def test_a_folder_with_several_models_names_them(data_dir: Path, tmp_path: Path,
         resolve_model(str(tmp_path))
 
 
-def test_safetensors_are_checked_and_then_refused_with_the_way_out(
+LLAMA = {**CONFIG, "model_type": "llama"}
+
+
+def llama_folder(folder: Path, *, sharded: bool = False) -> Path:
+    hf_folder(folder, LLAMA, sharded=sharded)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 1, "content": "<|im_start|>"}]}')
+    return folder
+
+
+def test_a_hugging_face_folder_is_one_model(data_dir: Path, tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "hf")
+    for spec, origin in ((folder, "folder"), (folder / "model.safetensors", "file")):
+        model = resolve_model(str(spec))
+        assert (model.files.name, model.files.format, model.origin) == ("hf", "safetensors", origin)
+        assert model.files.paths == (folder / "model.safetensors",)
+        assert model.files.weight_types == (("F32", 320),)
+        assert (model.spec, model.header) == (str(folder), None)
+        assert (model.template.origin, model.template.name) == ("fallback", "chatml")
+    store.record_last_used(model.spec)
+    assert resolve_model(None).files == model.files
+
+
+def test_shards_of_a_folder_are_taken_in_order(data_dir: Path, tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "hf", sharded=True)
+    expected = [folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for spec in (folder, folder / "model.safetensors.index.json", expected[1]):
+        assert list(resolve_model(str(spec)).files.paths) == expected
+
+
+def test_the_template_of_a_folder_is_its_own(data_dir: Path, tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "hf")
+    config = folder / "tokenizer_config.json"
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "listed"}]
+    for value, expected in (("{{ 1 }}", "{{ 1 }}"), (named, "listed")):
+        config.write_text(json.dumps({"chat_template": value, "bos_token": {"content": "<s>"}}))
+        template = resolve_model(str(folder)).template
+        assert (template.text, template.origin, template.bos) == (expected, "model", "<s>")
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert resolve_model(str(folder)).template.text == "from the file"
+    config.write_text("[")
+    with pytest.raises(ModelFileInvalid, match=r"tokenizer_config\.json"):
+        resolve_model(str(folder))
+
+
+def test_safetensors_that_nothing_here_runs_are_refused_with_the_way_out(
     data_dir: Path, tmp_path: Path
 ) -> None:
     folder = hf_folder(tmp_path / "hf")
-    for spec in (folder, folder / "model.safetensors"):
-        with pytest.raises(UnsupportedModel, match=r"edgeinfer quantize.*use a .gguf"):
-            resolve_model(str(spec))
+    for kind in (None, "mamba", ["llama"], 7):
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": kind}))
+        for spec in (folder, folder / "model.safetensors"):
+            with pytest.raises(UnsupportedModel, match=r"edgeinfer quantize.*use a .gguf"):
+                resolve_model(str(spec))
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match="not part of the model"):
+        resolve_model(str(folder / "other.safetensors"))
+    (folder / "config.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"config\.json.*use a .gguf"):
+        resolve_model(str(folder / "model.safetensors"))
     (folder / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ModelFileInvalid):
-        resolve_model(str(folder))
+        resolve_model(str(folder / "model.safetensors"))
 
 
 def test_names_and_paths_that_lead_nowhere_get_one_line_each(data_dir: Path, tmp_path: Path) -> None:

@@ -42,6 +42,12 @@ def test_the_header_agrees_with_the_library(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
 
 
+def test_metadata_may_be_null_as_mlx_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw({"__metadata__": None, "a": f32(0, 4, [1])}, bytes(4)))
+    assert read_safetensors_header(path).metadata == {}
+
+
 BAD = {
     "empty": (b"", ModelFileInvalid, "is empty"),
     "text": (b"hello there, this is a text\n" * 9, ModelFileInvalid, "a text file"),

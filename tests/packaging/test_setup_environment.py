@@ -246,3 +246,34 @@ def test_an_unknown_accelerator_ends_the_command_with_one_line() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "ACCEL=abacus" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (("Linux", "x86_64", ("glibc", "2.36"), ""), ""),
+        (("Linux", "aarch64", ("glibc", "2.35"), ""), ""),
+        (("Darwin", "arm64", ("", ""), "15.1"), ""),
+        (("Darwin", "arm64", ("", ""), "13.6"), "macOS 13.6 is older"),
+        (("Darwin", "x86_64", ("", ""), "15.1"), "none for Darwin on x86_64"),
+        (("Linux", "x86_64", ("glibc", "2.31"), ""), "needs glibc 2.35, here is glibc 2.31"),
+        (("Linux", "x86_64", ("", ""), ""), "here is another"),
+        (("Linux", "riscv64", ("glibc", "2.39"), ""), "none for Linux on riscv64"),
+    ],
+)
+def test_mlx_is_installed_where_it_has_wheels(
+    here: tuple[str, str, tuple[str, str], str], expected: str
+) -> None:
+    found = setup.mlx_obstacle(*here)
+    assert (expected in found) if expected else found == ""
+
+
+@pytest.mark.parametrize("system", ["Linux", "Plan9"])
+def test_what_is_left_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], system: str
+) -> None:
+    monkeypatch.setattr(setup.platform, "system", lambda: system)
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(setup.platform, "libc_ver", lambda: ("glibc", "2.40"))
+    assert setup.extras() == ("dev,mlx" if system == "Linux" else "dev")
+    assert ("leaving out MLX, and its tests" in capsys.readouterr().out) == (system != "Linux")
