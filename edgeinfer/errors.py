@@ -10,6 +10,7 @@
     │   ├── UnsupportedModel      an architecture, tensor type or feature this build cannot run
     │   ├── ModelTooLarge         does not fit into memory; carries the arithmetic
     │   ├── DownloadFailed        network, registry or disk refused
+    │   │   └── HubUnreachable    no network, or offline mode: nothing could be asked
     │   └── ChecksumMismatch      the bytes are not the published ones
     ├── TemplateError             a chat template raised, looped or broke its sandbox
     ├── PromptTooLong             carries both numbers
@@ -81,6 +82,10 @@ class ModelTooLarge(ModelError):
 
 
 class DownloadFailed(ModelError):
+    pass
+
+
+class HubUnreachable(DownloadFailed):
     pass
 
 

@@ -78,7 +78,7 @@ def plan_open(
 ) -> OpenPlan:
     """Resolve, check and fit a model.
 
-    pull_missing(name): fetch a catalogue model that is not here; without it, it is ModelNotFound.
+    pull_missing(name): fetch a catalogue or hub model that is not here; without it, it is ModelNotFound.
     Raises ModelError, BackendUnavailable, UsageError.
     """
     if options.backend == "scripted":

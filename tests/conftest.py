@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from benchmarks.hub_stand_in import HubStandIn
+
 # Run in the background (`make test &`, nohup), pytest and all it starts would ignore these, and what is
 # tested about Ctrl+C and a closed terminal would not be what a user has.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,7 +57,26 @@ def _own_folders(
     for name in list(os.environ):
         if name.startswith("EDGEINFER_") and name != "EDGEINFER_TEST_MODEL":
             monkeypatch.delenv(name)
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HF_HOME", str(home / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # but for tests with a stand-in of the hub
     for name in _FOLDERS:
         monkeypatch.setenv(name, str(home / name.lower()))
     yield
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in of the hub that this process, and those it starts, take for the hub."""
+    with HubStandIn() as stand_in:
+        for name, value in stand_in.environment.items():
+            monkeypatch.setenv(name, value)
+        import huggingface_hub.constants
+
+        # Read when the library was imported, perhaps by a test before this one.
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield stand_in
+        huggingface_hub.close_session()

@@ -103,9 +103,9 @@ def _compare(bar: Bar, where: str, sides: dict[str, Turns], rounds: int) -> None
 
 
 def _shape_1b() -> Path:
-    from benchmarks.shapes import shape
+    from benchmarks.shapes import shape_file
 
-    return shape("1b")
+    return shape_file("1b")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -86,12 +86,16 @@ def chat(
 
 
 class LoadMessages:
-    """Passes a download's progress into the load's: the chat shows both in one bar."""
+    """Passes a download's progress into the load's: the chat shows both in one bar, and leaving it ends
+    both."""
 
     client: object = None
 
     def show(self, what: str, fraction: float) -> None:
         from edgeinfer.client import LocalClient
+        from edgeinfer.errors import LoadFailed
 
         if isinstance(self.client, LocalClient):
+            if self.client.is_load_cancelled:
+                raise LoadFailed("loading was cancelled; a download goes on where it was next time")
             self.client.report_progress(what, fraction)

@@ -56,8 +56,8 @@ class Command(TyperCommand):
             error = _with_source(error, ctx)
             report_error(error, str(error), json_output, debug=debug)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            report("interrupted", "stopped", json_output)
+        except KeyboardInterrupt as interrupt:  # a pull says what it keeps
+            report("interrupted", str(interrupt) or "stopped", json_output)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # whoever read our output has gone
             discard_stdout()

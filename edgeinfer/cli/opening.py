@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,17 +56,62 @@ def open_options(
     )
 
 
-def puller(show: Callable[[str, float], None]) -> Callable[[str], None]:
-    """A `pull_missing` that fetches a catalogue model and tells how far it is."""
+def puller(
+    show: Callable[[str, float], None], say: Callable[[str], None] | None = None
+) -> Callable[[str], None]:
+    """A `pull_missing` that fetches a model of the catalogue or the hub.
+
+    show: how far it is, with what is left to wait; say: a line that should stay to be read.
+    """
 
     def pull_missing(name: str) -> None:
-        from edgeinfer_models.pull import PullProgress, pull
+        from edgeinfer_models.pull import pull
+        from edgeinfer_models.pull_progress import PullProgress
+
+        pace = Pace()
 
         def report(progress: PullProgress) -> None:
-            what = "fetching" if progress.phase == "download" else "checking"
             share = progress.done / progress.total if progress.total else 0.0
-            show(f"{what} {name} (only once)", share)
+            if progress.phase == "download":
+                what = f"fetching {name} (only once), {pace.told(progress.done, progress.total)}"
+            elif progress.phase == "verify":
+                what = f"checking {name} (only once)"
+            else:
+                what = f"waiting for another edgeinfer that is fetching {name}"
+            show(what, share)
 
-        pull(name, report)
+        pull(name, report, note=say)
 
     return pull_missing
+
+
+class Pace:
+    """Bytes, speed and time left of a download, of the last seconds rather than of its whole."""
+
+    _SPAN_S = 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def told(self, done: int, total: int) -> str:
+        now = self._clock()
+        if self._seen and done < self._seen[-1][1]:  # it had to begin again
+            self._seen.clear()
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[0][0] > self._SPAN_S:
+            self._seen.popleft()
+        text = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        began, first = self._seen[0]
+        # Less than a second says little, and the first figure must not count what was there before.
+        if now - began < 1 or done == first:
+            return text
+        speed = (done - first) / (now - began)
+        return f"{text}, {speed / 1e6:,.1f} MB/s, {_duration((total - done) / speed)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -89,7 +89,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="A name `edgeinfer models list` shows, a GGUF file or a folder; else the one used last.",
+        help="A name `edgeinfer models list` shows, hf:owner/repo[:file], a GGUF file or a folder;"
+        " else the one used last.",
         envvar="EDGEINFER_MODEL",
         show_envvar=False,
         show_default=False,

@@ -108,7 +108,12 @@ def run(
     def show(what: str, fraction: float) -> None:
         status.show(f"{what} … {fraction:.0%}")
 
-    with LocalClient(opened, puller(show)) as client:
+    def say(note: str) -> None:
+        status.clear()
+        if not quiet:
+            sys.stderr.write(f"edgeinfer: {one_line(note)}\n")
+
+    with LocalClient(opened, puller(show, say)) as client:
         try:
             info = client.load(show)
             status.clear()

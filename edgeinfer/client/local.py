@@ -39,7 +39,7 @@ class _Pending:
 class LocalClient(Client):
     """Renders templates, owns the worker process, starts it again when it dies.
 
-    pull_missing(name): fetch a catalogue model that is not here; without it, loading fails.
+    pull_missing(name): fetch a catalogue or hub model that is not here; without it, loading fails.
     """
 
     def __init__(self, options: OpenOptions, pull_missing: Callable[[str], None] | None = None) -> None:
@@ -125,6 +125,11 @@ class LocalClient(Client):
             self._plan = None
             self._info = None
             self._close_renderer()
+
+    @property
+    def is_load_cancelled(self) -> bool:
+        """Whether the load that runs is wanted no more; a `pull_missing` may look, and raise."""
+        return self._load_cancelled
 
     def cancel_load(self) -> None:
         self._load_cancelled = True

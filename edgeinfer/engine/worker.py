@@ -140,7 +140,7 @@ class Worker:
             logging.getLogger("edgeinfer.worker").exception("loading failed")
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
-        if command["costs_folder"]:
+        if command["costs_folder"] and runtime.facts.can.threads:
             folder = Path(command["costs_folder"])
             self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin)
             self._costs.measure_first()

@@ -11,7 +11,7 @@ from edgeinfer_models.gguf_checks import check_model
 from edgeinfer_models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from edgeinfer_models.gguf_vocabulary import check_vocabulary
 
-_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
 def read_gguf_model(path: Path) -> GgufHeader:
@@ -30,7 +30,7 @@ def read_gguf_model(path: Path) -> GgufHeader:
 
 def first_shard(path: Path) -> Path:
     """`path`, or the first shard of the split model it is a later shard of."""
-    match = _SHARD_NAME.match(path.name)
+    match = SHARD_NAME.match(path.name)
     if match is None or int(match["number"]) <= 1:
         return path
     return path.with_name(f"{match['stem']}-00001-of-{match['count']}.gguf")
@@ -43,7 +43,7 @@ def is_later_shard(path: Path) -> bool:
 def _join_shards(first: GgufHeader) -> GgufHeader:
     count = first.get_int("split.count")
     name = first.path.name
-    match = _SHARD_NAME.match(name)
+    match = SHARD_NAME.match(name)
     if match is None or int(match["count"]) != count:
         raise ModelFileInvalid(
             f"{name}: is the first of {count} shards but is not named so;"

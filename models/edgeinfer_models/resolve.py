@@ -17,12 +17,14 @@ from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_h
 from edgeinfer_models.file_kind import shown
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
+from edgeinfer_models.hub_installed import find_hub_model
+from edgeinfer_models.hub_name import is_hub_name
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.safetensors_header import read_safetensors_folder, read_safetensors_header
 from edgeinfer_models.store import InstalledModel, find_model, last_used, list_models
 
-Origin = Literal["catalogue", "file", "folder"]
-PullMissing = Callable[[str], object]  # given a catalogue name; installs it or raises
+Origin = Literal["catalogue", "hub", "file", "folder"]
+PullMissing = Callable[[str], object]  # given a name of the catalogue or the hub; installs it or raises
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,15 @@ def resolve_model(spec: str | None, *, pull_missing: PullMissing | None = None) 
     """Find a model, check its files, and say what it is.
 
     spec: MODEL of the command line; None for the last one used, else the starter. A name wins over a
-    file of that name (`./smollm2` is the file). pull_missing: called with the name of a catalogue model
-    that is not installed. Raises ModelError's subclasses, one line each.
+    file of that name (`./smollm2` is the file). pull_missing: called with the name of a catalogue or hub
+    model that is not installed. Raises ModelError's subclasses, one line each.
     """
     if spec is None:
         return _resolve_default(pull_missing)
     if not spec.strip():
         raise ModelNotFound("the model's name is empty; `edgeinfer models list` shows what there is")
-    if spec.startswith("hf:"):
-        raise UnsupportedModel(
-            f"{shown(spec)}: models from the Hugging Face hub are not in this version yet;"
-            " download the .gguf file and give its path"
-        )
+    if is_hub_name(spec):
+        return _from_hub(spec, pull_missing)
     installed = find_model(spec)
     if installed is not None:
         return _from_store(installed)
@@ -76,15 +75,33 @@ def _resolve_default(pull_missing: PullMissing | None) -> ResolvedModel:
     if remembered is None or remembered == STARTER:
         return resolve_model(STARTER, pull_missing=pull_missing)
     try:
-        return resolve_model(remembered, pull_missing=pull_missing)
+        # Gigabytes are fetched for a model that was named, not for one that was remembered.
+        return resolve_model(remembered, pull_missing=None if is_hub_name(remembered) else pull_missing)
     except ModelError as error:
         note = f"the model used last cannot be used ({error}); taking {STARTER} instead"
         starter = resolve_model(STARTER, pull_missing=pull_missing)
         return replace(starter, notes=(note, *starter.notes))
 
 
+def _from_hub(spec: str, pull_missing: PullMissing | None) -> ResolvedModel:
+    installed = find_hub_model(spec)
+    if installed is None:
+        if pull_missing is None:
+            raise ModelNotFound(
+                f"model '{shown(spec)}' is not installed; run `edgeinfer models pull {shown(spec)}`"
+            )
+        pull_missing(spec)
+        installed = find_hub_model(spec)
+    if installed is None:
+        raise ModelNotFound(
+            f"model '{shown(spec)}' is not installed although it was pulled; pull it again"
+        )
+    return _from_store(installed)
+
+
 def _from_store(installed: InstalledModel) -> ResolvedModel:
-    model = _from_gguf(installed.path, installed.name, "catalogue")
+    origin: Origin = "hub" if is_hub_name(installed.name) else "catalogue"
+    model = _from_gguf(installed.path, installed.name, origin)
     files = replace(model.files, digest=installed.manifest.sha256)
     return replace(model, spec=installed.name, files=files, installed=installed)
 

@@ -12,6 +12,7 @@ HEAVY = (
     "coremltools",
     "fastapi",
     "gguf",
+    "huggingface_hub",
     "jinja2",
     "llama_cpp",
     "mlx",

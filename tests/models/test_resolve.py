@@ -183,7 +183,8 @@ def test_names_and_paths_that_lead_nowhere_get_one_line_each(data_dir: Path, tmp
     os.mkfifo(tmp_path / "pipe.gguf")
     (tmp_path / "note.gguf").write_text("shopping list")
     for spec, kind, expected in (
-        ("hf:owner/repo", UnsupportedModel, "not in this version yet"),
+        ("hf:owner/repo", ModelNotFound, "not installed; run `edgeinfer models pull hf:owner/repo`"),
+        ("hf:owner", ModelNotFound, "is not a model of the Hugging Face hub; write hf:owner/repo"),
         ("smolm", ModelNotFound, "did you mean 'smollm2'"),
         ("zzz", ModelNotFound, "`edgeinfer models list` shows"),
         ("", ModelNotFound, "name is empty"),
