@@ -17,7 +17,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgeinfer.machine.step_cost import PREFILL_TOKENS, StepClass, StepCosts, padded_sizes
+from edgeinfer.machine.step_cost import (
+    CONTEXT_BUCKET,
+    PREFILL_TOKENS,
+    StepClass,
+    StepCosts,
+    padded_sizes,
+)
 
 TILE = 4  # rows the repacked kernels work on at once (ggml-cpu/repack.cpp, 0.3.36)
 SLOW = 1.5  # a step that takes this much longer than it should
@@ -104,7 +110,7 @@ class Tuner:
 
     def choose(self, tokens: int, rows: int, context: int, most: int) -> Choice:
         """For a step of `tokens`, `rows` of them with logits. most: tokens that fit with padding."""
-        key = (tokens, rows, context // 512)
+        key = (tokens, rows, context // CONTEXT_BUCKET)
         self._steps += 1
         if key == self._key and not self._stale and self._age < RECONSIDER:
             self._age += 1

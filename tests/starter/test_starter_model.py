@@ -14,6 +14,8 @@ from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
 from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.request import Ended
+from edgeinfer.engine.tuner import Choice, Tuner
+from edgeinfer.machine.step_cost import StepCosts
 from edgeinfer.registry import get_backend
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.model_files import ModelFiles
@@ -75,6 +77,34 @@ def test_answers_together_are_those_alone(engine: Engine, starter: Path) -> None
         alone = run(single, {key: request})
         single.close()
         assert together[key].outcome == alone[key].outcome == "finished"
+        assert together[key].stats.text == alone[key].stats.text
+
+
+class PaddingTuner(Tuner):
+    """Pads every step of several tokens, by a number that changes from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__(StepCosts(), (1,), (1, 1), lambda: None)
+        self.num_padded = 0
+
+    def choose(self, tokens: int, rows: int, context: int, most: int) -> Choice:
+        self.num_padded += 1
+        return Choice(1, min(self.num_padded % 6, most - tokens) if 1 < tokens < most else 0)
+
+
+def test_padded_answers_are_those_alone(starter: Path) -> None:
+    runtime = load(starter, sequences=2)
+    tuner = PaddingTuner()
+    engine = Engine(runtime, model="starter", max_running=3, tuner=tuner)
+    requests = {key: (text_tokens(engine, 500 * key, 200 + 300 * key), 12 + 6 * key) for key in range(4)}
+    together = run(engine, requests, stagger=3)
+    assert tuner.num_padded > 40
+    engine.check_integrity()
+    engine.close()
+    for key, request in requests.items():
+        single = Engine(load(starter), model="starter")
+        alone = run(single, {key: request})
+        single.close()
         assert together[key].stats.text == alone[key].stats.text
 
 
