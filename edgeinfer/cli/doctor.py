@@ -23,6 +23,7 @@ def examine() -> dict[str, Any]:
     from edgeinfer import __version__
     from edgeinfer.config import ConfigInvalid, config_path, read_config
     from edgeinfer.errors import EdgeInferError
+    from edgeinfer.machine.gpus import find_gpus, gpu_finding, missing_gpus
     from edgeinfer.machine.probe import default_threads, probe_machine
     from edgeinfer.registry import backend_names, get_backend
     from edgeinfer_models.store import data_folder, list_models
@@ -34,7 +35,7 @@ def examine() -> dict[str, Any]:
         config["error"] = str(error)
     machine = probe_machine()
     decode, prefill = default_threads()
-    backends = []
+    backends: list[dict[str, Any]] = []
     for name in backend_names():
         if name == "scripted":  # for tests; nothing a user would run
             continue
@@ -61,6 +62,13 @@ def examine() -> dict[str, Any]:
                 ],
             }
         )
+    gpus = find_gpus()
+    in_use = tuple(
+        device["name"]
+        for backend in backends
+        for device in backend.get("devices", ())
+        if device["kind"] == "gpu"
+    )
     return {
         "machine": {
             "system": machine.system,
@@ -70,7 +78,9 @@ def examine() -> dict[str, Any]:
             "total_bytes": machine.total_bytes,
             "available_bytes": machine.available_bytes,
             "threads": {"decode": decode, "prefill": prefill},
+            "gpus": [gpu.name for gpu in gpus],
         },
+        "findings": [gpu_finding(gpu) for gpu in missing_gpus(gpus, in_use)],
         "backends": backends,
         "config": config,
         "models": {
@@ -110,8 +120,9 @@ def render(findings: dict[str, Any]) -> str:
         f"memory     {machine['available_bytes'] / gib:.1f} GiB free"
         f" of {machine['total_bytes'] / gib:.1f} GiB",
         f"threads    {machine['threads']['decode']} to answer,"
-        f" {machine['threads']['prefill']} to read prompts",
+        f" {machine['threads']['prefill']} to read prompts, until measured",
     ]
+    lines += [f"finding    {finding}" for finding in findings["findings"]]
     for backend in findings["backends"]:
         if backend["usable"]:
             devices = ", ".join(f"{d['name']} ({d['kind']})" for d in backend["devices"])

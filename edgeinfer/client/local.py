@@ -15,6 +15,7 @@ from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
 from edgeinfer.engine.process import EngineProcess
 from edgeinfer.engine.request import Ended, Event, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
+from edgeinfer.machine.gpus import find_gpus, gpu_finding
 from edgeinfer.open import OpenOptions, OpenPlan, plan_open
 from edgeinfer_models.store import record_last_used
 
@@ -85,12 +86,18 @@ class LocalClient(Client):
                 plan.command,
                 lambda fraction: self.report_progress(f"loading {plan.name}", fraction),
             )
-            self._info = _model_info(plan, facts)
+            self._info = _model_info(plan, facts, self._gpu_warnings(facts))
             if plan.spec and self._options.remember:
                 with contextlib.suppress(OSError):  # a read-only home: remembering is a convenience
                     record_last_used(plan.spec)
             self.report_progress(f"loaded {plan.name}", 1.0)
             return self._info
+
+    def _gpu_warnings(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """About a graphics card that could have had the model, if its user did not decline it."""
+        if facts["backend"] != "llamacpp" or facts["device"] != "cpu" or self._options.gpu_layers == 0:
+            return ()
+        return tuple(gpu_finding(gpu) for gpu in find_gpus() if gpu.worth_warning)[:1]
 
     def report_progress(self, what: str, fraction: float) -> None:
         """Tell the one who waits for `load`; a `pull_missing` calls it too."""
@@ -289,7 +296,7 @@ def _start_renderer(plan: OpenPlan) -> TemplateRenderer:
     return renderer
 
 
-def _model_info(plan: OpenPlan, facts: Mapping[str, Any]) -> ModelInfo:
+def _model_info(plan: OpenPlan, facts: Mapping[str, Any], more: tuple[str, ...]) -> ModelInfo:
     return ModelInfo(
         name=plan.name,
         backend=facts["backend"],
@@ -304,5 +311,5 @@ def _model_info(plan: OpenPlan, facts: Mapping[str, Any]) -> ModelInfo:
         threads_batch=facts["threads_batch"],
         memory=tuple((name, num_bytes) for name, num_bytes in facts["memory"]),
         has_template=plan.template.origin == "model",
-        warnings=(*plan.warnings, *facts["warnings"]),
+        warnings=(*plan.warnings, *facts["warnings"], *more),
     )

@@ -132,3 +132,16 @@ def test_doctor_says_what_is_here(console: Console, config_file: Path) -> None:
     found = console("doctor", "--json").json
     assert {"machine", "backends", "models", "config", "versions"} <= set(found)
     assert found["config"] == {"path": str(config_file), "found": False, "error": None}
+
+
+def test_a_card_that_the_build_cannot_use_is_a_finding_of_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from edgeinfer.cli.doctor import examine, render
+    from edgeinfer.machine import gpus
+
+    monkeypatch.setattr(gpus, "find_gpus", lambda: (gpus.Gpu("NVIDIA H200", "cuda", True),))
+    findings = examine()
+    assert findings["machine"]["gpus"] == ["NVIDIA H200"]
+    has_gpu = any(d["kind"] == "gpu" for b in findings["backends"] for d in b.get("devices", ()))
+    assert has_gpu or "make setup ACCEL=cuda" in render(findings)

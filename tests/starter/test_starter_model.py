@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
-from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text
+from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text, local
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.request import Ended
 from edgeinfer.engine.tuner import Choice, Tuner
+from edgeinfer.machine.gpus import Gpu
 from edgeinfer.machine.step_cost import StepCosts
 from edgeinfer.registry import get_backend
 from edgeinfer.sampling import SamplingParams
@@ -184,6 +185,22 @@ def test_step_costs_are_measured_kept_and_found_again(starter: Path) -> None:
     assert any(tokens == rows == 1 for _, tokens, rows, _ in first)
     assert all(second[kind] >= count for kind, count in first.items())
     assert sum(second.values()) > sum(first.values())
+
+
+def test_a_card_that_this_build_cannot_use_is_one_warning_at_load(
+    starter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = (Gpu("NVIDIA H200", "cuda", True), Gpu("AMD GPU", "vulkan", True))
+    monkeypatch.setattr(local, "find_gpus", lambda: cards)
+    said = []
+    for layers in (None, 0):  # 0: the user does not want it
+        with LocalClient(OpenOptions(model=str(starter), context=512, gpu_layers=layers)) as client:
+            info = client.load()
+            said.append([w for w in info.warnings if "ACCEL=" in w])
+    if info.device != "cpu":
+        pytest.skip("this build uses a GPU")
+    assert [len(warnings) for warnings in said] == [1, 0]
+    assert "make setup ACCEL=cuda" in said[0][0]
 
 
 def test_fixed_threads_are_measured_by_nobody(starter: Path) -> None:
