@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgeinfer.backend import Runtime
@@ -24,14 +25,22 @@ SAVE_INTERVAL_S = 20.0
 
 
 class MeasuredCosts:
-    """Used by the worker's main thread, but for `command_arrives`. load_s: seconds the load took."""
+    """Used by the worker's main thread, but for `command_arrives`. load_s: seconds the load took.
+    options: those of the load that change what a step costs and are not in the runtime's identity."""
 
-    def __init__(self, runtime: Runtime, folder: Path, load_s: float) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        folder: Path,
+        load_s: float,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         facts = runtime.facts
         self._runtime = runtime
         self._folder = folder
         self._conditions = {
             **runtime.identity(),
+            **(options or {}),
             "machine": machine_fingerprint(),
             "device": facts.device,
         }

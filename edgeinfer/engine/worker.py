@@ -142,7 +142,8 @@ class Worker:
             return
         if command["costs_folder"] and runtime.facts.can.threads:
             folder = Path(command["costs_folder"])
-            self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin)
+            options = {"gpu_layers": str(settings["gpu_layers"])}
+            self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin, options)
             self._costs.measure_first()
         self._engine = Engine(
             runtime,

@@ -51,23 +51,11 @@ def resolve_model(spec: str | None, *, pull_missing: PullMissing | None = None) 
     if not spec.strip():
         raise ModelNotFound("the model's name is empty; `edgeinfer models list` shows what there is")
     if is_hub_name(spec):
-        return _from_hub(spec, pull_missing)
-    installed = find_model(spec)
-    if installed is not None:
-        return _from_store(installed)
+        return _from_store(_installed(spec, find_hub_model, pull_missing))
     if spec in CATALOGUE:
-        if pull_missing is None:
-            raise ModelNotFound(
-                f"model '{shown(spec)}' is not installed; run `edgeinfer models pull {spec}`"
-            )
-        pull_missing(spec)
-        installed = find_model(spec)
-        if installed is None:
-            raise ModelNotFound(
-                f"model '{shown(spec)}' is not installed although it was pulled; pull it again"
-            )
-        return _from_store(installed)
-    return _from_path(spec)
+        return _from_store(_installed(spec, find_model, pull_missing))
+    installed = find_model(spec)
+    return _from_path(spec) if installed is None else _from_store(installed)
 
 
 def _resolve_default(pull_missing: PullMissing | None) -> ResolvedModel:
@@ -83,20 +71,23 @@ def _resolve_default(pull_missing: PullMissing | None) -> ResolvedModel:
         return replace(starter, notes=(note, *starter.notes))
 
 
-def _from_hub(spec: str, pull_missing: PullMissing | None) -> ResolvedModel:
-    installed = find_hub_model(spec)
+def _installed(
+    spec: str, find: Callable[[str], InstalledModel | None], pull_missing: PullMissing | None
+) -> InstalledModel:
+    """The store's model of that name, fetched if it is not there. Raises ModelNotFound."""
+    installed = find(spec)
     if installed is None:
         if pull_missing is None:
             raise ModelNotFound(
                 f"model '{shown(spec)}' is not installed; run `edgeinfer models pull {shown(spec)}`"
             )
         pull_missing(spec)
-        installed = find_hub_model(spec)
+        installed = find(spec)
     if installed is None:
         raise ModelNotFound(
             f"model '{shown(spec)}' is not installed although it was pulled; pull it again"
         )
-    return _from_store(installed)
+    return installed
 
 
 def _from_store(installed: InstalledModel) -> ResolvedModel:

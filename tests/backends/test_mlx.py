@@ -258,7 +258,9 @@ def test_an_abort_stops_a_prompt_between_two_layers(
 @needs_mlx
 def test_an_abort_without_a_step_is_forgotten(runtime: Any) -> None:
     runtime.abort()
-    feed(runtime, runtime.open(), TOKENS)
+    sequence = runtime.open()
+    feed(runtime, sequence, TOKENS)  # raises StepAborted if it was kept for this step
+    assert runtime.length(sequence) == len(TOKENS)
 
 
 @needs_mlx

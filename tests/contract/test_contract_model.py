@@ -250,7 +250,7 @@ def test_closing_twice_is_harmless(load: Load) -> None:
     runtime = load()
     opened(runtime, some_tokens(runtime, 5))
     runtime.close()
-    runtime.close()
+    runtime.close()  # nothing is freed twice: native code would end the process here
 
 
 def test_runtimes_come_and_go(load: Load) -> None:

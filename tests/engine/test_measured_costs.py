@@ -112,3 +112,12 @@ def test_another_model_finds_nothing_of_it(tmp_path: Path) -> None:
     first.save()
     other = MeasuredCosts(runtime_of(Script(seed=5)), tmp_path, 0.0)
     assert len(other.costs) == 0
+
+
+def test_other_options_of_the_load_find_nothing_of_it(tmp_path: Path) -> None:
+    first = MeasuredCosts(runtime_of(), tmp_path, 0.0, {"gpu_layers": "0"})
+    while first.use_idle():
+        pass
+    first.save()
+    assert len(MeasuredCosts(runtime_of(), tmp_path, 0.0, {"gpu_layers": "0"}).costs) > 0
+    assert len(MeasuredCosts(runtime_of(), tmp_path, 0.0, {"gpu_layers": "10"}).costs) == 0
