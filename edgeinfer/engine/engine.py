@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 Events = list[tuple[int, Event]]
 
 PREFILL_SLICE_S = 0.2  # a prompt beside running streams gets chunks of about this long
+FIRST_SLICE = 64  # tokens of such a chunk where nothing tells how long one takes
 BUSY = "other programs keep the processor busy: fewer threads answered for a while"
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
@@ -176,10 +177,7 @@ class Engine:
             self._last_was_large = False
             return [(self._running[0], 1)]  # nothing to plan: the path of every token of a lone answer
         facts = self.runtime.facts
-        beside = facts.max_step_tokens
-        if self._prefill_s_per_token > 0.0:
-            beside = int(PREFILL_SLICE_S / self._prefill_s_per_token)
-        limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, beside)
+        limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, self._prefill_slice())
         demands = [Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running]
         planned = plan(demands, limits, self._last_was_large)
         self._last_was_large = planned.is_large
@@ -189,6 +187,14 @@ class Engine:
             served = {key for key, _ in planned.parts}
             self._running.sort(key=lambda r: r.key in served)
         return [(by_key[key], tokens) for key, tokens in planned.parts]
+
+    def _prefill_slice(self) -> int:
+        """Prompt tokens that take about PREFILL_SLICE_S."""
+        rate: float | None = self._prefill_s_per_token
+        if self._tuner is not None:
+            reading = (r.num_computed for r in self._running if r.prompt_left)
+            rate = self._tuner.prefill_s_per_token(max(reading, default=0))
+        return int(PREFILL_SLICE_S / rate) if rate else FIRST_SLICE
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
         step = _step_of(chosen)
@@ -213,7 +219,7 @@ class Engine:
             return
         if self._tuner is not None:
             self._tuner.observe(self._choice, *self._shape, time.perf_counter() - begin)
-        if self._last_was_large:
+        elif self._last_was_large:
             self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
         for index, (running, count) in enumerate(chosen):
             prefilling = running.prompt_left > 0

@@ -100,16 +100,17 @@ def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:
 
 def _large(demands: Sequence[Demand], limits: Limits, waiting: bool) -> list[tuple[int, int]]:
     """One prompt has the step: where a second one lies in it would change its last bits."""
-    budget = limits.step_tokens
+    first, budget = demands[0], limits.step_tokens
     if waiting:
-        budget = min(budget, max(limits.prefill_beside_decode, 2 * limits.stable_chunk - 1))
-    first = demands[0]
+        # What is too short for two pieces is taken whole.
+        least = limits.stable_chunk if first.prompt >= 2 * limits.stable_chunk else first.prompt
+        budget = min(budget, max(limits.prefill_beside_decode, least))
     return [(first.key, chunk(first.prompt, budget, limits.stable_chunk))]
 
 
 def chunk(remaining: int, budget: int, stable: int) -> int:
-    """Tokens to take of a prompt: as many as the budget (at least 2 x stable - 1) allows without
-    leaving a piece below `stable`."""
+    """Tokens to take of a prompt: as many as the budget allows without leaving a piece below `stable`.
+    budget: at least `stable`, and 2 x stable - 1 where less than 2 x stable remain."""
     if remaining <= budget:
         return remaining
     return min(budget, remaining - stable)

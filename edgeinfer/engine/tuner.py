@@ -141,6 +141,12 @@ class Tuner:
             return Choice(max(fewer, default=best))
         return Choice(best)
 
+    def prefill_s_per_token(self, context: int) -> float | None:
+        """With the threads that prefill would have now; None where nothing was measured."""
+        threads = self._choose_prefill(context).threads
+        seconds = self.costs.known(StepClass.of(threads, PREFILL_TOKENS, 0, context))
+        return None if seconds is None else seconds * self._paces[True].slow.get(threads, 1.0)
+
     def _choose_small(self, tokens: int, rows: int, context: int, most: int) -> Choice:
         slow = self._paces[False].slow
         # A choice that was last measured with a shorter context is compared as if its cost had grown

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from edgeinfer.backend import Runtime, RuntimeSettings
-from edgeinfer.engine.engine import Engine
+from edgeinfer.backend import Runtime, RuntimeSettings, Step, StepResult
+from edgeinfer.engine.engine import FIRST_SLICE, Engine
 from edgeinfer.engine.request import Ended, Event, Prefilled, Request, RunStats, Started, Text
+from edgeinfer.engine.tuner import Tuner
 from edgeinfer.errors import PromptTooLong, StepAborted
+from edgeinfer.machine.step_cost import PREFILL_TOKENS, StepClass, StepCosts
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 
@@ -26,6 +28,7 @@ def make_engine(
     max_running: int | None = None,
     cache_bytes: int = 2**26,
     tell_interval_s: float = 0.0,
+    tuner: Tuner | None = None,
 ) -> Engine:
     settings = RuntimeSettings(context=context, sequences=sequences, step_tokens=256)
     runtime = ScriptedBackend(script or Script()).load(SCRIPTED_FILES, settings, lambda _: True)
@@ -35,6 +38,7 @@ def make_engine(
         max_running=max_running or sequences,
         cache_bytes=cache_bytes,
         tell_interval_s=tell_interval_s,
+        tuner=tuner,
     )
 
 
@@ -310,6 +314,51 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
         assert len([e for e in driver.events[1] if isinstance(e, Text)]) > before
     driver.run()
     assert driver.answer(1) == alone(tokens_of(1, 10), 60)
+
+
+def slices_beside_a_stream(tuner: Tuner | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of a long prompt in each step, while a stream has its own one in all of them."""
+    slices: list[int] = []
+    engine = make_engine(sequences=2, context=4096, tuner=tuner)
+    forward = engine.runtime.forward
+
+    def noted(step: Step) -> StepResult:
+        if len(step.parts) == 2:
+            slices.append(step.num_tokens - 1)
+        return forward(step)
+
+    monkeypatch.setattr(engine.runtime, "forward", noted)
+    driver = Driver(engine)
+    driver.submit(1, asked(tokens_of(1, 10), 60))
+    for _ in range(4):
+        driver.step()
+    driver.submit(2, asked(tokens_of(2, 1500), 2))
+    driver.run()
+    return slices
+
+
+@pytest.mark.parametrize(("s_per_token", "size"), [(0.001, 200), (0.0001, 255), (0.05, 4)])
+def test_a_slice_beside_a_stream_follows_the_measured_costs(
+    s_per_token: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = StepCosts()
+    costs.observe(StepClass.of(1, PREFILL_TOKENS, 0, 0), s_per_token)
+    monkeypatch.setattr(costs, "observe", lambda *_: None)  # what is known stays as it is here
+    tuner = Tuner(costs, (1,), (1, 1), lambda: None)
+    assert slices_beside_a_stream(tuner, monkeypatch)[:3] == [size] * 3
+
+
+def test_a_slice_begins_small_where_nothing_was_measured_and_grows_with_what_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuner = Tuner(StepCosts(), (1,), (1, 1), lambda: None)
+    slices = slices_beside_a_stream(tuner, monkeypatch)
+    assert slices[0] == FIRST_SLICE
+    assert slices[1] == 255  # a scripted step takes no time worth mentioning
+
+
+def test_without_a_tuner_the_engine_learns_what_prefill_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(slices_beside_a_stream(None, monkeypatch)) == 255
 
 
 def test_a_running_prefix_is_shared_without_prefilling_it_again() -> None:

@@ -51,7 +51,9 @@ def test_a_prompt_is_not_cut_into_a_piece_below_the_stable_chunk() -> None:
 
 def test_a_long_prompt_beside_streams_still_moves_when_the_machine_is_slow() -> None:
     slow = Limits(step_tokens=512, stable_chunk=64, prefill_beside_decode=3)
-    assert plan([decode(1), prompt(2, 1000)], slow).parts == ((2, 127),)
+    assert plan([decode(1), prompt(2, 1000)], slow).parts == ((2, 64),)
+    assert plan([decode(1), prompt(2, 128)], slow).parts == ((2, 64),)
+    assert plan([decode(1), prompt(2, 127)], slow).parts == ((2, 127),)
 
 
 def test_a_chunk_leaves_no_short_piece() -> None:

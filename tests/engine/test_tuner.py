@@ -160,6 +160,18 @@ def test_prefill_moves_at_once_where_fewer_threads_are_faster() -> None:
     assert bench.run(3, 512, 1)[1:] == [Choice(1), Choice(1)]
 
 
+def test_the_rate_of_prefill_is_that_of_the_threads_it_would_have() -> None:
+    bench = Bench(two_cores)
+    assert bench.tuner.prefill_s_per_token(0) is None
+    bench.measure()
+    assert bench.tuner.prefill_s_per_token(0) == pytest.approx(0.00115)
+    assert bench.tuner.prefill_s_per_token(3000) == pytest.approx(0.00115)  # a shorter context's
+    bench.run(3, 512, 1)
+    bench.busy = True
+    bench.run(3, 512, 1)
+    assert bench.tuner.prefill_s_per_token(0) == pytest.approx(0.002, rel=0.1)
+
+
 @pytest.mark.parametrize(("rows", "padding"), [(3, 1), (4, 0), (5, 0), (1, 0)])
 def test_padding_is_tried_and_kept_where_it_wins(rows: int, padding: int) -> None:
     bench = Bench(two_cores)
