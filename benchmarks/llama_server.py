@@ -1,4 +1,4 @@
-"""llama.cpp's own server, and several answers of it at once: the peer of `03_concurrency`."""
+"""llama.cpp's own server, and several answers of it at once: a peer of the `03_` bars."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _TRIES = 3
 class LlamaServer:
     """A running llama-server, as a context manager.
 
-    context: tokens of each of the `slots`. unified: one KV cache for all slots; left to itself, the
-    server has one for each. program: default the peer built by `benchmarks.peers`.
+    threads: None leaves them to the server. context: tokens of each of the `slots`. unified: one KV
+    cache for all slots; left to itself, the server has one for each. program: default the peer built by
+    `benchmarks.peers`.
     `__enter__` returns when it is healthy and raises PeerError if that takes more than `start_s`.
     """
 
@@ -34,7 +35,7 @@ class LlamaServer:
         self,
         model: Path,
         *,
-        threads: int,
+        threads: int | None,
         slots: int,
         context: int,
         kv_type_k: str = "f16",
@@ -48,7 +49,7 @@ class LlamaServer:
         self._command = [
             str(program or peer("llama-server")),
             *("--model", str(model), "--host", HOST),
-            *("--threads", str(threads), "--threads-batch", str(threads)),
+            *([] if threads is None else ["--threads", str(threads), "--threads-batch", str(threads)]),
             *("--parallel", str(slots), "--ctx-size", str(slots * context)),
             *("--batch-size", "2048", "--ubatch-size", "512"),
             *("--cache-type-k", kv_type_k, "--cache-type-v", kv_type_v),

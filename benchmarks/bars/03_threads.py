@@ -1,4 +1,11 @@
-"""`--threads auto` against every fixed choice, idle and with one core kept busy from outside."""
+"""`--threads auto` against every fixed choice, idle and with one core kept busy from outside, and beside
+that neighbour against llama-server as it comes.
+
+All sides stay loaded and answer in turns, each request giving both figures: prefill as the worker counts
+it, decode as the stream's reader sees it (edgeinfer.measure.streams), which can be said of llama-server
+too. Beside the neighbour answers are shorter, on all sides alike: two threads are very slow there.
+On two cores ten rounds take about two minutes idle and five with the neighbour.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +15,35 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.alternate import Spread, table
-from benchmarks.conversation import GREEDY, random_tokens
+from benchmarks.alternate import Comparison, Spread, table
+from benchmarks.conversation import random_tokens
+from benchmarks.llama_server import LlamaServer
+from benchmarks.shapes import shape_file
 from benchmarks.verdict import Bar, run_bar
-from edgeinfer.client import LocalClient, OpenOptions, Request
+from edgeinfer.client import LocalClient, OpenOptions
+from edgeinfer.errors import MeasureFailed
 from edgeinfer.machine.probe import probe_machine
+from edgeinfer.measure.streams import answer_all, total_tok_s
 
 LEAST_RATIO = 0.95
-MEASURED_S = 4.0  # idle after the load: what is measured then is measured before the first turn
+LEAST_GAIN = 3.0  # in decode, over llama-server with its default threads beside a busy neighbour
+MIN_ROUNDS = 10
+CONTEXT = 2048
+MEASURED_S = 4.0  # idle after the first answer: costs are measured then
+AUTO, SERVER = "auto", "llama-server"
 NEIGHBOUR = "import os; owner = os.getppid()\nwhile os.getppid() == owner: pass"
+
+Turn = Callable[
+    [int, int, int], Mapping[str, float]
+]  # prompt tokens, new tokens, seed -> tok/s by metric
 
 
 @contextlib.contextmanager
-def busy_core(wanted: bool) -> Iterator[None]:
+def busy_core() -> Iterator[None]:
     """One core kept busy by a process that has nothing to do with ours."""
-    if not wanted:
-        yield
-        return
     neighbour = subprocess.Popen([sys.executable, "-c", NEIGHBOUR], start_new_session=True)
     try:
         time.sleep(0.5)
@@ -37,81 +53,111 @@ def busy_core(wanted: bool) -> Iterator[None]:
         neighbour.wait()
 
 
-class Turns:
-    """One loaded model with its own prompts."""
+def our_turn(client: LocalClient) -> Turn:
+    vocab_size = client.load().vocab_size
 
-    def __init__(self, client: LocalClient, prefill: int, decode: int) -> None:
-        self._client = client
-        self._prefill, self._decode = prefill, decode
-        self._vocab_size = client.load().vocab_size
-        self._seed = 0
+    def turn(prefill: int, decode: int, seed: int) -> Mapping[str, float]:
+        answers = answer_all(client, [random_tokens(vocab_size, prefill, seed)], decode + 1)
+        if answers is None:
+            raise MeasureFailed("the answer was cancelled")
+        (answer,) = answers
+        rate = answer.stats.timings.prefill_tok_s
+        return {"prefill": rate, "decode": total_tok_s([answer.stream])}
 
-    def measure(self) -> dict[str, float]:
-        self._seed += 1
-        prompt = random_tokens(self._vocab_size, self._prefill, self._seed)
-        request = Request(tokens=prompt, ignore_eos=True, max_tokens=self._decode + 1, sampling=GREEDY)
-        timings = self._client.start(request).result().stats.timings
-        return {"prefill": timings.prefill_tok_s, "decode": timings.decode_tok_s}
+    return turn
+
+
+def server_turn(server: LlamaServer, vocab_size: int) -> Turn:
+    def turn(prefill: int, decode: int, seed: int) -> Mapping[str, float]:
+        streams = server.answer_all([random_tokens(vocab_size, prefill, seed)], decode + 1)
+        return {"decode": total_tok_s(streams)}
+
+    return turn
 
 
 def measure(bar: Bar) -> None:
     o = bar.options
-    model = str(o.model or _shape_1b())
-    names = ["auto", *(str(n) for n in range(1, probe_machine().physical_cores + 1))]
+    if o.rounds < MIN_ROUNDS:
+        bar.say(f"  {o.rounds} rounds are for a look only; the bar asks for {MIN_ROUNDS}")
+    model = o.model or shape_file("1b")
+    names = [AUTO, *(str(n) for n in range(1, probe_machine().physical_cores + 1))]
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Turns] = {}
+        sides: dict[str, Turn] = {}
         for name in names:
-            threads = None if name == "auto" else int(name)
+            threads = None if name == AUTO else int(name)
             options = OpenOptions(
-                model=model, context=2048, threads=threads, threads_batch=threads, cache_bytes=0
+                model=str(model), context=CONTEXT, threads=threads, threads_batch=threads, cache_bytes=0
             )
             client = stack.enter_context(LocalClient(options))
-            sides[name] = Turns(client, o.prefill, o.decode)
-            time.sleep(MEASURED_S if name == "auto" else 0.0)
-            sides[name].measure()
-        for busy in (False, True):
-            with busy_core(busy):
-                where = "one core busy" if busy else "idle"
-                _compare(bar, where, sides, o.rounds)
+            sides[name] = our_turn(client)
+            sides[name](o.prefill, o.decode, -1)
+            time.sleep(MEASURED_S if name == AUTO else 0.0)
+        if o.only != "busy":
+            _compare(bar, "idle", sides, o.decode)
+        if o.only != "idle":
+            server = stack.enter_context(LlamaServer(model, threads=None, slots=1, context=CONTEXT))
+            sides[SERVER] = server_turn(server, client.load().vocab_size)
+            sides[SERVER](o.prefill, o.decode, -1)
+            with busy_core():
+                _compare(bar, "one core busy", sides, o.busy_decode)
 
 
-def _compare(bar: Bar, where: str, sides: dict[str, Turns], rounds: int) -> None:
-    figures: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in sides}
+def _compare(bar: Bar, where: str, sides: Mapping[str, Turn], decode: int) -> None:
+    rounds, prefill = bar.options.rounds, bar.options.prefill
+    figures: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     names = list(sides)
+    begin = time.perf_counter()
     for number in range(rounds + 1):
-        turn = names[number % len(names) :] + names[: number % len(names)]
-        for name in turn:
-            found = sides[name].measure()
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            found = sides[name](prefill, decode, number)  # the same prompt for all
             if number:  # the first turn of a new situation is where auto finds out
                 for metric, value in found.items():
-                    figures[name][metric].append(value)
-        print(f"  {where}, round {number}", file=sys.stderr)
+                    figures[name].setdefault(metric, []).append(value)
+        print(f"  {where}, round {number}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     rows = [("tok/s", *names)]
     for metric in ("prefill", "decode"):
-        rows.append((metric, *(Spread.of(figures[name][metric]).show(1) for name in names)))
-    bar.say(f"\n{where}, median (quartiles) of {rounds} rounds; columns are threads")
+        shown = (figures[name].get(metric) for name in names)
+        rows.append((metric, *(Spread.of(values).show(1) if values else "-" for values in shown)))
+    bar.say(
+        f"\n{where}, median (quartiles) of {rounds} rounds of {prefill} prompt tokens and {decode}"
+        " after the first; columns are threads"
+    )
     bar.say(table(rows))
-    bar.details[where] = figures
+    bar.details[f"{where}, tok/s"] = figures
     for metric in ("prefill", "decode"):
-        best = max(names[1:], key=lambda name: statistics.median(figures[name][metric]))
-        ratios = [a / b for a, b in zip(figures["auto"][metric], figures[best][metric], strict=True)]
-        ratio = statistics.median(ratios)
-        bar.require(
-            f"{metric}, {where}: {ratio:.3f} of the best fixed choice's ({best}) >= {LEAST_RATIO}",
-            ratio >= LEAST_RATIO,
-        )
+        fixed = [name for name in names if name not in (AUTO, SERVER)]
+        best = max(fixed, key=lambda name: statistics.median(figures[name][metric]))
+        _require(bar, where, metric, figures, best, "the best fixed choice's", LEAST_RATIO)
+    if SERVER in figures:
+        _require(bar, where, "decode", figures, SERVER, "its default threads'", LEAST_GAIN)
 
 
-def _shape_1b() -> Path:
-    from benchmarks.shapes import shape_file
-
-    return shape_file("1b")
+def _require(
+    bar: Bar,
+    where: str,
+    metric: str,
+    figures: Mapping[str, Mapping[str, list[float]]],
+    other: str,
+    whose: str,
+    least: float,
+) -> None:
+    ours, theirs = figures[AUTO][metric], figures[other][metric]
+    comparison = Comparison(metric, AUTO, other, tuple(ours), tuple(theirs))
+    bar.show(f"{metric}, {where}: {AUTO} against {other}", [comparison], least)
+    ratio = comparison.ratio.median
+    bar.require(
+        f"{metric}, {where}: {ratio:.3f} of {whose} ({other}) >= {least}",
+        ratio >= least and bar.options.rounds >= MIN_ROUNDS,
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--prefill", type=int, default=256)
-    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=MIN_ROUNDS)
+    parser.add_argument("--only", choices=("idle", "busy"), help="one half")
+    parser.add_argument("--prefill", type=int, default=256, help="prompt tokens")
+    parser.add_argument("--decode", type=int, default=64, help="tokens after the first")
+    parser.add_argument("--busy-decode", type=int, default=32, help="the same beside the neighbour")
     parser.add_argument("--model", type=Path, help="a GGUF file instead of the 1B shape")
 
 

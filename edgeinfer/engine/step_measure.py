@@ -39,7 +39,7 @@ class StepMeasurement:
         self._free_cores = free_cores
         self._runtime = runtime
         self._costs = costs
-        self._left_s = budget_s
+        self.left_s = budget_s
         self._pieces = self._missing(candidates)
         self._piece = next(self._pieces, None)
 
@@ -67,15 +67,17 @@ class StepMeasurement:
         while self._piece is not None:
             threads, tokens, repeats = self._piece
             expected = self._expected(threads, tokens) * (repeats + 1)
-            if expected > self._left_s:
+            if expected > self.left_s:
                 self._piece = next(self._pieces, None)  # a smaller one may still fit
                 continue
             if expected > limit_s:
                 return False
             begin = time.perf_counter()
             done = self._measure(threads, tokens, repeats)
-            self._left_s -= time.perf_counter() - begin
-            if done:
+            self.left_s -= time.perf_counter() - begin
+            if self.left_s <= 0.0:
+                self._piece = None
+            elif done:
                 self._piece = next(self._pieces, None)
             return done
         return False

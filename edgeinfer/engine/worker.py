@@ -261,6 +261,8 @@ def main() -> None:
     for number in (signal.SIGINT, getattr(signal, "SIGHUP", None)):
         if number is not None:  # the terminal's signals are the owner's to handle
             signal.signal(number, signal.SIG_IGN)
+    import psutil  # noqa: F401 (tens of ms: here the owner is still reading the model's header)
+
     logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "ERROR"))
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
     events = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -179,3 +179,8 @@ def test_its_options_are_those_that_were_asked_for(program: Path) -> None:
     assert (options["--cache-type-k"], options["--cache-type-v"]) == ("q8_0", "f16")
     assert options["--cache-ram"] == "0" and "--no-cache-prompt" in command
     assert command[0] == str(program)
+
+
+def test_without_a_number_of_threads_the_server_has_its_own(program: Path) -> None:
+    command = LlamaServer(Path("m.gguf"), threads=None, slots=1, context=512, program=program)._command
+    assert not [option for option in command if option.startswith("--threads") and "http" not in option]

@@ -105,6 +105,29 @@ def test_what_was_measured_is_there_at_the_next_load(tmp_path: Path) -> None:
     assert not again.use_idle()
 
 
+def test_a_later_load_measures_what_is_missing_after_its_first_request(tmp_path: Path) -> None:
+    first = MeasuredCosts(runtime_of(), tmp_path, 0.0)
+    assert first.use_idle()
+    first.save()
+    again = MeasuredCosts(runtime_of(), tmp_path, 0.0)
+    again.measure_first()
+    assert not again.use_idle()
+    assert again.costs.as_json() == first.costs.as_json()
+    again.command_arrives()
+    again.command_taken()
+    assert again.use_idle()
+    assert len(again.costs) > len(first.costs)
+
+
+def test_a_piece_that_outlasts_the_budget_is_ended_and_was_the_last(tmp_path: Path) -> None:
+    costs = MeasuredCosts(runtime_of(FOREVER), tmp_path, 0.0)
+    costs.budget_s = 0.1
+    costs._measurement = StepMeasurement(costs._runtime, costs.costs, (1,), costs.budget_s)
+    assert not costs.use_idle()
+    assert costs._measurement is None
+    assert len(costs.costs) == 0
+
+
 def test_another_model_finds_nothing_of_it(tmp_path: Path) -> None:
     first = MeasuredCosts(runtime_of(), tmp_path, 0.0)
     while first.use_idle():
