@@ -93,7 +93,7 @@ class Plays:
         waves: list[list[Part]] = [[]]
         left = cells
         for size in self._draw.choices(SIZES[:2], SIZE_WEIGHTS[:2], k=count):
-            part = self._part(size)
+            part = self._part(size, most_wait=3)
             prompt, answer = part.request.tokens or (), part.request.max_tokens or 0
             needed = len(prompt) + answer + (TILE - 1 if len(prompt) >= TILE else 0)
             if needed > left:
@@ -103,7 +103,7 @@ class Plays:
             left -= needed
         return waves
 
-    def _part(self, size: tuple[int, int]) -> Part:
+    def _part(self, size: tuple[int, int], most_wait: int = 15) -> Part:
         answer = self._draw.randint(*ANSWER)
         request = Request(
             tokens=self._prompts.draw(self._draw.randint(*size)),
@@ -113,7 +113,7 @@ class Plays:
             logprobs=0,
         )
         leaves = self._draw.randint(1, answer - 1) if self._draw.random() < LEAVING else None
-        return Part(request, self._draw.randint(0, 15), leaves)
+        return Part(request, self._draw.randint(0, most_wait), leaves)
 
 
 class Scene:
