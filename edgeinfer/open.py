@@ -88,7 +88,7 @@ def plan_open(
     backend = _choose_backend(options.backend, resolved.files.format)
     config = resolved.config
     warnings = list(resolved.notes)
-    context = _context_of(options, config)
+    context = options.context or default_context(config)
     if config.context_trained and context > config.context_trained:
         warnings.append(
             f"--ctx {context} is more than the {config.context_trained} tokens"
@@ -128,15 +128,16 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
 
 
 def predict_open(resolved: ResolvedModel, options: OpenOptions) -> list[MemoryItem]:
-    """What opening a model with these options would take in all, on the processor alone.
-    Raises BackendUnavailable, UnsupportedModel, UsageError."""
-    backend = get_backend(_choose_backend(options.backend, resolved.files.format))
-    settings = _settings(options, _context_of(options, resolved.config))
+    """What opening a model with these options would take in all, on the processor alone, whether or not
+    its backend can be used here."""
+    backend = get_backend(_BACKEND_OF_FORMAT[resolved.files.format])
+    settings = _settings(options, options.context or default_context(resolved.config))
     return backend.predict_memory(resolved.files, resolved.config, settings)
 
 
-def _context_of(options: OpenOptions, config: ModelConfig) -> int:
-    return options.context or min(DEFAULT_CONTEXT, config.context_trained or DEFAULT_CONTEXT)
+def default_context(config: ModelConfig) -> int:
+    """Tokens of context where none were asked for and memory does not say otherwise."""
+    return min(DEFAULT_CONTEXT, config.context_trained or DEFAULT_CONTEXT)
 
 
 def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
@@ -184,4 +185,11 @@ def _between(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"{option} {value} is outside [{low}, {high}]")
 
 
-__all__ = ["OpenOptions", "OpenPlan", "ResolvedModel", "plan_open", "predict_open"]
+__all__ = [
+    "OpenOptions",
+    "OpenPlan",
+    "ResolvedModel",
+    "default_context",
+    "plan_open",
+    "predict_open",
+]

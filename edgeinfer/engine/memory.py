@@ -77,7 +77,7 @@ def report_memory(name: str, ledger: MemoryLedger, runtime: Runtime) -> MemoryRe
     uses = ledger.compared(runtime.memory())
     predicted = ledger.total("cpu")
     for use in uses:
-        log.info("%s", memory_line(use))
+        log.info("%s", use)
     off = ledger.deviation(resident, is_warm=False)
     log.log(
         logging.WARNING if abs(off) > FAR_OFF else logging.INFO,
@@ -88,17 +88,6 @@ def report_memory(name: str, ledger: MemoryLedger, runtime: Runtime) -> MemoryRe
         100 * off,
     )
     return MemoryReport(uses, predicted, resident)
-
-
-def memory_line(use: MemoryUse) -> str:
-    """ "weights (mapped)  235 MiB predicted, 235 MiB allocated"; what nobody counted is left out."""
-    what = ", ".join(filter(None, (use.form, use.device if use.device != "cpu" else "")))
-    figures = [
-        f"{shown_bytes(size)} {how}"
-        for size, how in ((use.predicted_bytes, "predicted"), (use.real_bytes, "allocated"))
-        if size is not None
-    ]
-    return f"{use.name}{what and f' ({what})'}: {', '.join(figures)}"
 
 
 def resident_bytes() -> int:

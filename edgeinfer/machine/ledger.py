@@ -36,6 +36,16 @@ class MemoryUse:
     predicted_bytes: int | None
     real_bytes: int | None
 
+    def __str__(self) -> str:
+        """weights (mapped): 235 MiB predicted, 235 MiB allocated"""
+        what = ", ".join(filter(None, (self.form, self.device if self.device != "cpu" else "")))
+        figures = [
+            f"{shown_bytes(size)} {how}"
+            for size, how in ((self.predicted_bytes, "predicted"), (self.real_bytes, "allocated"))
+            if size is not None
+        ]
+        return f"{self.name}{what and f' ({what})'}: {', '.join(figures)}"
+
 
 @dataclass(frozen=True)
 class MemoryLedger:

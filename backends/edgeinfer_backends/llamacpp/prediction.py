@@ -26,6 +26,8 @@ MAX_NATIVE_SEQUENCES = 256  # LLAMA_MAX_SEQ (llama-cparams.h)
 _REPACKED = frozenset({"q4_0", "q4_k", "iq4_nl", "mxfp4"})
 _REPACKED_ON_ARM = _REPACKED | {"q5_k", "q6_k", "q8_0"}
 
+_REPACKED_ROWS = 8  # a matrix of another number of rows stays as it is; only vocabularies are so odd
+
 _FLOAT = 4
 
 # Measured on Linux, x86-64, Python 3.11, a worker with a model of 300 tokens and 0.5 MB: interpreter and
@@ -108,11 +110,16 @@ def predict_memory(
 def _weights(config: ModelConfig, first_on_gpu: int, is_mapped: bool) -> list[MemoryItem]:
     """first_on_gpu: of the layers, the output counting as one behind the last."""
     plain = repacked = gpu = 0
+    tiles_output = config.vocab_size % _REPACKED_ROWS == 0
     for group in config.weights:
         layer = config.num_layers if group.layer == OUTPUT else group.layer
         if layer >= first_on_gpu:  # never the embeddings
             gpu += group.num_bytes
-        elif group.layer != INPUT and is_repacked(group.type_name):
+        elif (
+            group.layer != INPUT
+            and is_repacked(group.type_name)
+            and (group.layer != OUTPUT or tiles_output)
+        ):
             repacked += group.num_bytes
             plain += group.num_bytes if is_mapped else 0  # the file's pages stay beside the copy
         else:
@@ -121,7 +128,7 @@ def _weights(config: ModelConfig, first_on_gpu: int, is_mapped: bool) -> list[Me
             # As the output they are a matrix, and a second copy where that lies elsewhere.
             if first_on_gpu <= config.num_layers:
                 gpu += group.num_bytes
-            elif is_repacked(group.type_name):
+            elif is_repacked(group.type_name) and tiles_output:
                 repacked += group.num_bytes
     if not config.weights:
         plain = config.weights_bytes
