@@ -34,6 +34,30 @@ SETTINGS = {
     "no flash attention": replace(BASE, flash_attention=False),
     "no flash attention, large": replace(BASE, flash_attention=False, context=16384),
 }
+
+
+def write_experts(path: Path) -> Path:
+    """Eight experts, of which two are used."""
+    import numpy as np
+
+    layers, hidden, wide, experts = 3, 256, 512, 8
+    shapes = {
+        "gate_inp": (experts, hidden),
+        "gate_exps": (experts, wide, hidden),
+        "up_exps": (experts, wide, hidden),
+        "down_exps": (experts, hidden, wide),
+    }
+    tensors: dict[str, Any] = {}
+    for layer in range(layers):
+        for name in ("gate", "up", "down"):
+            tensors[f"blk.{layer}.ffn_{name}.weight"] = None
+        for name, shape in shapes.items():
+            tensors[f"blk.{layer}.ffn_{name}.weight"] = np.zeros(shape, np.float32)
+    counts = {"llama.expert_count": experts, "llama.expert_used_count": 2}
+    return write_tiny_gguf(path, layers=layers, hidden=hidden, heads=4, kv_heads=2, head_dim=64,
+                           feed_forward=wide, weight_type="F32", metadata=counts, tensors=tensors)  # fmt: skip
+
+
 Make = Callable[[Path], Path]
 MODELS: dict[str, Make] = {
     "llama": lambda path: write_tiny_gguf(path, layers=3, hidden=512, heads=8, kv_heads=2, head_dim=64,
@@ -43,6 +67,7 @@ MODELS: dict[str, Make] = {
     "gemma3": lambda path: write_tiny_gguf(path, arch="gemma3", tokenizer="spm", layers=7, hidden=256,
                                            heads=4, kv_heads=1, head_dim=128, feed_forward=1536),
     "small": lambda path: write_tiny_gguf(path),
+    "experts": write_experts,
 }  # fmt: skip
 # llama.cpp's compute buffer has holes, whose size depends on the order of the graph's tensors: the
 # formula may be this much too small, or too large, as shares of it.

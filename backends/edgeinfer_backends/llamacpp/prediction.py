@@ -98,7 +98,7 @@ def predict_memory(
     at_home = _inputs_bytes(config, settings, cells) if first_on_gpu == 0 else compute
     items.append(MemoryItem("compute", at_home))
     items.append(MemoryItem("logits", num_logit_rows(settings) * config.vocab_size * _FLOAT))
-    items.append(MemoryItem("work", _work_bytes(config, settings)))
+    items.append(MemoryItem("work", _work_bytes(config, settings, cells)))
     tables = (
         config.vocab_size * _TOKEN + config.num_merges * _MERGE + _num_caches(config) * cells * _CELL
     )
@@ -199,11 +199,15 @@ def _compute_bytes(config: ModelConfig, settings: RuntimeSettings, cells: int) -
     return max(layers, logits)
 
 
-def _work_bytes(config: ModelConfig, settings: RuntimeSettings) -> int:
+def _work_bytes(config: ModelConfig, settings: RuntimeSettings, cells: int) -> int:
     """The threads' own (ggml_graph_plan): the widest rows of a step, quantized for the product with
-    quantized weights, and each thread's tile of attention."""
+    quantized weights, and each thread's tile of attention; without the flash kernel all scores as
+    halves, for the product with the values."""
     widest = max(config.intermediate_size, config.hidden_size)
-    rows = settings.step_tokens * row_bytes("q8_0", widest)
+    rows = row_bytes("q8_0", widest)
+    if not settings.flash_attention:
+        rows = max(rows, config.num_heads * cells * 2)
+    rows *= settings.step_tokens
     tile = _ATTENTION_TILE
     dims = 2 * (config.head_dim_k + config.head_dim_v) * tile + 2 * tile * tile
     threads = max(settings.threads, settings.threads_batch, 1)
