@@ -54,8 +54,10 @@ def write_experts(path: Path) -> Path:
         for name, shape in shapes.items():
             tensors[f"blk.{layer}.ffn_{name}.weight"] = np.zeros(shape, np.float32)
     counts = {"llama.expert_count": experts, "llama.expert_used_count": 2}
-    return write_tiny_gguf(path, layers=layers, hidden=hidden, heads=4, kv_heads=2, head_dim=64,
-                           feed_forward=wide, weight_type="F32", metadata=counts, tensors=tensors)  # fmt: skip
+    form = {"layers": layers, "hidden": hidden, "heads": 4, "kv_heads": 2, "head_dim": 64}
+    return write_tiny_gguf(
+        path, feed_forward=wide, weight_type="F32", metadata=counts, tensors=tensors, **form
+    )
 
 
 Make = Callable[[Path], Path]
