@@ -65,7 +65,7 @@ def cases(more: bool) -> Iterator[Case]:
 
 def measure(bar: Bar) -> None:
     bar.say(f"\nMiB; a prompt of {PROMPT_TOKENS} tokens, {ANSWER_TOKENS} answered\n")
-    bar.say(f"{'':34}" + "".join(f"{head:>10}" for head in HEADS) + "     off")
+    bar.say(f"{'':40}" + "".join(f"{head:>10}" for head in HEADS) + "     off")
     rows = []
     for case in cases(bar.options.more):
         if bar.options.only and bar.options.only not in case.name:
@@ -74,7 +74,7 @@ def measure(bar: Bar) -> None:
         total = ledger.total("cpu")
         off = total / peak - 1
         sizes = [*(ledger.of(name) for name in ITEMS), total, peak]
-        bar.say(f"{case.name:34}" + "".join(f"{size / MIB:10.1f}" for size in sizes) + f"  {off:+6.1%}")
+        bar.say(f"{case.name:40}" + "".join(f"{size / MIB:10.1f}" for size in sizes) + f"  {off:+6.1%}")
         rows.append((case.name, off))
         bar.details[case.name] = {**dict(zip(HEADS, sizes, strict=True)), "off": off}
     for name, off in rows:
