@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgeinfer_models.config import ModelConfig
     from edgeinfer_models.tokenizer import Tokenizer
 
     Logits = npt.NDArray[np.float32]
@@ -120,11 +121,20 @@ class RuntimeFacts:
     warnings: tuple[str, ...] = ()  # what was asked for and not had, one line each
 
 
+MemoryForm = Literal["", "mapped", "repacked"]
+
+
 @dataclass(frozen=True)
 class MemoryItem:
-    name: str  # "weights", "kv cache", "compute", …
+    """A use of memory: "weights", "kv cache", "compute" (what a step works in), "logits" (what comes
+    out of it), "work" (the threads'), "tables" (vocabulary, cells), "process" (interpreter, libraries).
+    form: mapped weights are the file's own pages; repacked ones are copies in another layout.
+    """
+
+    name: str
     num_bytes: int
-    device: str = "cpu"
+    device: str = "cpu"  # "cpu", or a kind of device with memory of its own
+    form: MemoryForm = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,9 @@ class Runtime(ABC):
         backend and its build, and switches in the environment that change the cache's contents."""
 
     @abstractmethod
-    def memory(self) -> list[MemoryItem]: ...
+    def memory(self) -> list[MemoryItem]:
+        """What was really allocated, as far as the framework tells: some of the items that
+        `Backend.predict_memory` names."""
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -318,6 +330,21 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> Probe:
         """Cheap; never raises; does not load a framework that is not there."""
+
+    @abstractmethod
+    def predict_memory(
+        self,
+        files: ModelFiles,
+        config: ModelConfig | None,
+        settings: RuntimeSettings,
+        devices: Sequence[Device] = (),
+    ) -> list[MemoryItem]:
+        """What a load with these settings will take in all, once its context is full. Arithmetic on
+        numbers: nothing is loaded, nothing read.
+
+        config: None for a script. devices: those the backend may use; without a GPU all is on the
+        processor. gpu_layers -1 means all of them here.
+        """
 
     @abstractmethod
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:

@@ -1,4 +1,4 @@
-"""From what a user typed to what a worker loads: MODEL, files, fit, backend."""
+"""From what a user typed to what a worker is to load: MODEL, files, settings, backend."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeinfer.backend import RuntimeSettings
+from edgeinfer.backend import MemoryItem, RuntimeSettings
 from edgeinfer.engine.process import LoadCommand
-from edgeinfer.errors import BackendUnavailable, ModelTooLarge, UnsupportedModel, UsageError
+from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
 from edgeinfer.machine.cost_store import costs_folder
-from edgeinfer.machine.probe import default_threads, probe_machine
+from edgeinfer.machine.ledger import Automatic
+from edgeinfer.machine.probe import default_threads
 from edgeinfer.registry import backend_names, get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
 from edgeinfer_models.model_files import ModelFiles
@@ -26,9 +27,9 @@ MAX_CONTEXT = 2**24
 MAX_SEQUENCES = 64
 DEFAULT_CACHE_BYTES = 2**30
 
-# llama.cpp's compute buffers at 512-token steps: measured 28 MB (135M) to 300 MB (8B shape)
-_COMPUTE_FLOOR = 32 * 2**20
-_COMPUTE_ROWS = 512
+# Rows of logits of one step. Each takes 1 MiB with Gemma's vocabulary, so: one for each sequence, and no
+# fewer than measuring step costs asks for (engine/step_measure.py).
+LOGIT_ROWS = 16
 
 _BACKEND_OF_FORMAT = {"gguf": "llamacpp", "safetensors": "mlx", "scripted": "scripted"}
 
@@ -76,7 +77,7 @@ def plan_open(
     options: OpenOptions,
     pull_missing: Callable[[str], None] | None = None,
 ) -> OpenPlan:
-    """Resolve, check and fit a model.
+    """Resolve and check a model. Whether it fits is seen where it is loaded.
 
     pull_missing(name): fetch a catalogue or hub model that is not here; without it, it is ModelNotFound.
     Raises ModelError, BackendUnavailable, UsageError.
@@ -87,38 +88,25 @@ def plan_open(
     backend = _choose_backend(options.backend, resolved.files.format)
     config = resolved.config
     warnings = list(resolved.notes)
-    context = options.context
-    if context is None:
-        context = min(DEFAULT_CONTEXT, config.context_trained or DEFAULT_CONTEXT)
-    elif config.context_trained and context > config.context_trained:
+    context = options.context or default_context(config)
+    if config.context_trained and context > config.context_trained:
         warnings.append(
             f"--ctx {context} is more than the {config.context_trained} tokens"
             f" {resolved.files.name} was trained on; answers may degrade past that"
         )
-    check_fit(resolved.files.name, config, context, options)
     if resolved.template.origin == "fallback":
         warnings.append(
             f"{resolved.files.name} has no chat template; the '{resolved.template.name}' form is used,"
             " which it may not have been trained on"
         )
-    decode, prefill = default_threads()
-    settings = RuntimeSettings(
-        context=context,
-        sequences=options.sequences,
-        kv_type_k=options.kv_type_k,
-        kv_type_v=options.kv_type_v,
-        flash_attention=options.flash_attention,
-        threads=options.threads or decode,
-        threads_batch=options.threads_batch or options.threads or prefill,
-        gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
-        mmap=options.mmap,
-    )
     command = LoadCommand(
         backend,
         resolved.files,
-        settings,
+        _settings(options, context),
         options.sequences,
         options.cache_bytes,
+        config=config,
+        automatic=Automatic(context=options.context is None, gpu_layers=options.gpu_layers is None),
         costs_folder="" if options.threads or options.threads_batch else str(costs_folder()),
     )
     return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
@@ -139,25 +127,32 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
     return OpenPlan(files.name, "", command, template, ())
 
 
-def check_fit(name: str, config: ModelConfig, context: int, options: OpenOptions) -> None:
-    """Raises ModelTooLarge with the arithmetic if weights, KV cache and compute buffers are more than
-    the memory there is. Memory on GPUs is the backend's to judge."""
-    machine = probe_machine()
-    weights = config.weights_bytes
-    cell = config.kv_bytes_per_token(options.kv_type_k, options.kv_type_v)
-    kv = cell * context * options.sequences
-    compute = _COMPUTE_FLOOR + _COMPUTE_ROWS * 4 * max(config.hidden_size * 8, config.intermediate_size)
-    need = weights + kv + compute
-    if need <= machine.available_bytes:
-        return
-    room = machine.available_bytes - weights - compute
-    advice = "use a smaller or more strongly quantized model"
-    if cell and room // cell >= MIN_CONTEXT:
-        advice = f"--ctx {room // cell // options.sequences // 32 * 32} would fit"
-    raise ModelTooLarge(
-        f"{name} needs {_size(need)} (weights {_size(weights)} + KV cache {_size(kv)} for {context}"
-        f" tokens + compute {_size(compute)}) and {_size(machine.available_bytes)} of"
-        f" {_size(machine.total_bytes)} memory is free; {advice}"
+def predict_open(resolved: ResolvedModel, options: OpenOptions) -> list[MemoryItem]:
+    """What opening a model with these options would take in all, on the processor alone, whether or not
+    its backend can be used here."""
+    backend = get_backend(_BACKEND_OF_FORMAT[resolved.files.format])
+    settings = _settings(options, options.context or default_context(resolved.config))
+    return backend.predict_memory(resolved.files, resolved.config, settings)
+
+
+def default_context(config: ModelConfig) -> int:
+    """Tokens of context where none were asked for and memory does not say otherwise."""
+    return min(DEFAULT_CONTEXT, config.context_trained or DEFAULT_CONTEXT)
+
+
+def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
+    decode, prefill = default_threads()
+    return RuntimeSettings(
+        context=context,
+        sequences=options.sequences,
+        logit_rows=max(LOGIT_ROWS, options.sequences),
+        kv_type_k=options.kv_type_k,
+        kv_type_v=options.kv_type_v,
+        flash_attention=options.flash_attention,
+        threads=options.threads or decode,
+        threads_batch=options.threads_batch or options.threads or prefill,
+        gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
+        mmap=options.mmap,
     )
 
 
@@ -190,12 +185,11 @@ def _between(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"{option} {value} is outside [{low}, {high}]")
 
 
-def _size(num_bytes: int) -> str:
-    if num_bytes >= 10 * 2**30:
-        return f"{num_bytes / 2**30:.0f} GiB"
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.1f} GiB"
-    return f"{max(0, num_bytes) / 2**20:.0f} MiB"
-
-
-__all__ = ["OpenOptions", "OpenPlan", "ResolvedModel", "check_fit", "plan_open"]
+__all__ = [
+    "OpenOptions",
+    "OpenPlan",
+    "ResolvedModel",
+    "default_context",
+    "plan_open",
+    "predict_open",
+]

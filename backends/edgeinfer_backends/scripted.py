@@ -35,6 +35,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -63,12 +64,16 @@ from edgeinfer_backends.scripted_tokenizer import BOS, ByteTokenizer
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
+
 __all__ = ["SCRIPTED_FILES", "ByteTokenizer", "Script", "ScriptedBackend", "ScriptedRuntime"]
 
 SCRIPTED_FILES = ModelFiles(name="scripted", paths=(), format="scripted")
 
 BUILD = "1"  # changes whenever the same tokens give other logits
 EMBEDDING_SIZE = 32
+PROCESS_BYTES = 36 * 2**20  # interpreter, our modules and numpy, measured on Linux
 IDLE_SEQUENCES = 32  # handles beyond those that run at once
 
 
@@ -81,6 +86,16 @@ class ScriptedBackend(Backend):
 
     def probe(self) -> Probe:
         return Probe(usable=True, version=BUILD, build=BUILD, devices=(Device("cpu", "cpu"),))
+
+    def predict_memory(
+        self,
+        files: ModelFiles,
+        config: ModelConfig | None,
+        settings: RuntimeSettings,
+        devices: Sequence[Device] = (),
+    ) -> list[MemoryItem]:
+        """A table's worth, on the processor."""
+        return _memory(ByteTokenizer().vocab_size, settings)
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> ScriptedRuntime:
         if files.format not in self.formats:
@@ -109,6 +124,7 @@ class ScriptedRuntime(Runtime):
         self._identity = _identity(script, settings)
         self._identity_digest = hashlib.blake2b(repr(self._identity).encode(), digest_size=16).digest()
         self._facts = _facts(script, settings, self._tokenizer.vocab_size)
+        self._memory = _memory(self._tokenizer.vocab_size, settings)
         self._cells = CellTable(
             self._facts.cells, self._facts.context, int.from_bytes(self._identity_digest[:8], "little")
         )
@@ -130,12 +146,7 @@ class ScriptedRuntime(Runtime):
         return dict(self._identity)
 
     def memory(self) -> list[MemoryItem]:
-        facts = self._facts
-        return [
-            MemoryItem("weights", facts.vocab_size * 8),
-            MemoryItem("kv cache", facts.cells * facts.kv_bytes_per_token),
-            MemoryItem("compute", facts.max_logit_rows * facts.vocab_size * 4),
-        ]
+        return [item for item in self._memory if item.name != "process"]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -340,6 +351,15 @@ def _require_positive(settings: RuntimeSettings) -> None:
     for name in ("context", "sequences", "step_tokens", "logit_rows"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+
+
+def _memory(vocab_size: int, settings: RuntimeSettings) -> list[MemoryItem]:
+    return [
+        MemoryItem("weights", vocab_size * 8),
+        MemoryItem("kv cache", settings.context * settings.sequences * BYTES_PER_CELL),
+        MemoryItem("compute", settings.logit_rows * vocab_size * 4),
+        MemoryItem("process", PROCESS_BYTES),
+    ]
 
 
 def _identity(script: Script, settings: RuntimeSettings) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from edgeinfer.cli import options
@@ -24,6 +25,7 @@ def examine() -> dict[str, Any]:
     from edgeinfer.config import ConfigInvalid, config_path, read_config
     from edgeinfer.errors import EdgeInferError
     from edgeinfer.machine.gpus import find_gpus, gpu_finding, missing_gpus
+    from edgeinfer.machine.pressure import read_pressure
     from edgeinfer.machine.probe import default_threads, probe_machine
     from edgeinfer.registry import backend_names, get_backend
     from edgeinfer_models.store import data_folder, list_models
@@ -34,6 +36,7 @@ def examine() -> dict[str, Any]:
     except ConfigInvalid as error:
         config["error"] = str(error)
     machine = probe_machine()
+    pressure = read_pressure()
     decode, prefill = default_threads()
     backends: list[dict[str, Any]] = []
     for name in backend_names():
@@ -77,10 +80,14 @@ def examine() -> dict[str, Any]:
             "logical_cores": machine.logical_cores,
             "total_bytes": machine.total_bytes,
             "available_bytes": machine.available_bytes,
+            "pressure": {**asdict(pressure), "is_high": pressure.is_high},
             "threads": {"decode": decode, "prefill": prefill},
             "gpus": [gpu.name for gpu in gpus],
         },
-        "findings": [gpu_finding(gpu) for gpu in missing_gpus(gpus, in_use)],
+        "findings": [
+            *(gpu_finding(gpu) for gpu in missing_gpus(gpus, in_use)),
+            *([f"memory is short: {pressure}; a model may be slow, or not fit"] * pressure.is_high),
+        ],
         "backends": backends,
         "config": config,
         "models": {
@@ -111,6 +118,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def build_features(build: str) -> list[str]:
+    """The switches that are on in "… | AVX2 = 1 | LLAMAFILE = 1 | …", as llama.cpp describes itself."""
+    pairs = (part.rpartition(":")[2].partition("=") for part in build.split("|"))
+    return [name.strip() for name, equals, value in pairs if equals and value.strip() not in ("0", "")]
+
+
+def _pressure(found: dict[str, Any]) -> str:
+    from edgeinfer.machine.pressure import MemoryPressure
+
+    values = {name: value for name, value in found.items() if name != "is_high"}
+    text = str(MemoryPressure(**values))
+    return text and f"; {text}"
+
+
 def render(findings: dict[str, Any]) -> str:
     machine = findings["machine"]
     gib = 2**30
@@ -118,7 +139,7 @@ def render(findings: dict[str, Any]) -> str:
         f"machine    {machine['processor']}, {machine['physical_cores']} cores"
         f" ({machine['logical_cores']} threads), {machine['system']}",
         f"memory     {machine['available_bytes'] / gib:.1f} GiB free"
-        f" of {machine['total_bytes'] / gib:.1f} GiB",
+        f" of {machine['total_bytes'] / gib:.1f} GiB{_pressure(machine['pressure'])}",
         f"threads    {machine['threads']['decode']} to answer,"
         f" {machine['threads']['prefill']} to read prompts, until measured",
     ]
@@ -127,6 +148,8 @@ def render(findings: dict[str, Any]) -> str:
         if backend["usable"]:
             devices = ", ".join(f"{d['name']} ({d['kind']})" for d in backend["devices"])
             lines.append(f"backend    {backend['name']} {backend['version']}: usable; {devices}")
+            if features := build_features(backend["build"]):
+                lines.append(f"           built with {', '.join(features)}")
         else:
             lines.append(f"backend    {backend['name']}: not usable: {backend['reason']}")
     models = findings["models"]

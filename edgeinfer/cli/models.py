@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,13 +196,14 @@ def show_command(
         typer.echo(note, err=True)
     if json_output:
         facts = _facts(resolved)
+        facts["memory"] = _memory(resolved)
         if template:
             facts["template"]["text"] = resolved.template.text
         emit_json(facts)
     elif template:
         sys.stdout.write(printable(resolved.template.text).rstrip("\n") + "\n")
     else:
-        _print_pairs(_fact_lines(resolved))
+        _print_pairs([*_fact_lines(resolved), *_memory_lines(_memory(resolved))])
 
 
 @app.command("rm", cls=Command)
@@ -339,6 +341,30 @@ def _fact_lines(model: ResolvedModel) -> list[tuple[str, str]]:
     if facts["revision"]:
         lines.append(("Revision", facts["revision"]))
     return lines
+
+
+def _memory(model: ResolvedModel) -> dict[str, Any]:
+    """What the model takes with default options, on the processor alone."""
+    from edgeinfer.machine.ledger import MemoryLedger
+    from edgeinfer.open import OpenOptions, default_context, predict_open
+
+    items = predict_open(model, OpenOptions())
+    return {
+        "context": default_context(model.config),
+        "bytes": MemoryLedger(tuple(items)).total(),
+        "items": [asdict(item) for item in items],
+    }
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    from edgeinfer.machine.ledger import shown_bytes
+
+    def line(item: dict[str, Any]) -> str:
+        form = f" ({item['form']})" if item["form"] else ""
+        return f"{item['name']}{form} {shown_bytes(item['num_bytes'])}"
+
+    items = " + ".join(line(item) for item in memory["items"])
+    return [("Memory", f"{shown_bytes(memory['bytes'])} at {memory['context']:,} tokens: {items}")]
 
 
 def _installed_model(name: str) -> InstalledModel | None:

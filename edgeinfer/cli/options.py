@@ -102,7 +102,10 @@ Backend = Annotated[str, _option("backend", "auto, or a name `edgeinfer doctor` 
 Ctx = Annotated[
     int | None,
     _option(
-        "ctx", "Tokens of context. Default: 4096, or what the model was trained on if less.", "N", _MODEL
+        "ctx",
+        "Tokens of context. Default: 4096, or less if the model was trained on less or memory is short.",
+        "N",
+        _MODEL,
     ),
 ]
 BenchCtx = Annotated[

@@ -117,9 +117,23 @@ def run(
         try:
             info = client.load(show)
             status.clear()
+            if debug:
+                sys.stderr.writelines(f"edgeinfer: {line}\n" for line in memory_lines(info))
             _answer(client, info, request, status, quiet=quiet, json_output=json_output)
         finally:
             status.close()
+
+
+def memory_lines(info: ModelInfo) -> list[str]:
+    """What the model was to take and what it took, item by item."""
+    from edgeinfer.machine.ledger import shown_bytes
+
+    return [
+        *(f"memory: {use}" for use in info.memory),
+        f"memory: {shown_bytes(info.predicted_bytes)} predicted once its context is full,"
+        f" {shown_bytes(info.resident_bytes)} resident after the load;"
+        f" the prompt cache may take {shown_bytes(info.cache_bytes)} more",
+    ]
 
 
 def _model_of(context: typer.Context, arguments: list[str]) -> str | None:

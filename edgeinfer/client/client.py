@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeinfer.engine.request import Ended, Event, Request, Text
 from edgeinfer.errors import RequestFailed, error_from_wire
+from edgeinfer.machine.ledger import MemoryUse
 
 LoadProgress = Callable[[str, float], None]  # (what is going on, 0..1)
 
@@ -31,7 +32,10 @@ class ModelInfo:
     load_s: float
     threads: int
     threads_batch: int
-    memory: tuple[tuple[str, int], ...] = ()  # (what, bytes)
+    memory: tuple[MemoryUse, ...] = ()
+    predicted_bytes: int = 0  # of the model's process, once its context is full; GPUs not counted
+    resident_bytes: int = 0  # of the same, right after the load
+    cache_bytes: int = 0  # that the prompt cache may take beside it
     has_template: bool = True
     warnings: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)

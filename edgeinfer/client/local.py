@@ -16,6 +16,7 @@ from edgeinfer.engine.process import EngineProcess
 from edgeinfer.engine.request import Ended, Event, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
 from edgeinfer.machine.gpus import find_gpus, gpu_finding
+from edgeinfer.machine.ledger import MemoryUse
 from edgeinfer.open import OpenOptions, OpenPlan, plan_open
 from edgeinfer_models.store import record_last_used
 
@@ -309,7 +310,10 @@ def _model_info(plan: OpenPlan, facts: Mapping[str, Any], more: tuple[str, ...])
         load_s=facts["load_s"],
         threads=facts["threads"],
         threads_batch=facts["threads_batch"],
-        memory=tuple((name, num_bytes) for name, num_bytes in facts["memory"]),
+        memory=tuple(MemoryUse(**use) for use in facts["memory"]),
+        predicted_bytes=facts["predicted_bytes"],
+        resident_bytes=facts["resident_bytes"],
+        cache_bytes=facts["cache_bytes"],
         has_template=plan.template.origin == "model",
         warnings=(*plan.warnings, *facts["warnings"], *more),
     )

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from queue import SimpleQueue
 from typing import Any
@@ -20,6 +20,8 @@ from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
 from edgeinfer.engine.wire import event_from_wire, receive, request_to_wire, send
 from edgeinfer.errors import WorkerDied, error_from_wire
+from edgeinfer.machine.ledger import Automatic
+from edgeinfer_models.config import ModelConfig
 from edgeinfer_models.model_files import ModelFiles
 
 log = logging.getLogger("edgeinfer.worker")
@@ -34,6 +36,8 @@ class LoadCommand:
     settings: RuntimeSettings
     max_running: int = 1
     cache_bytes: int = 0
+    config: ModelConfig | None = None  # None: a script
+    automatic: Automatic = field(default_factory=Automatic)  # settings that may be changed to fit
     costs_folder: str = ""  # of measured step costs, by which threads are chosen; "": they are fixed
 
 
@@ -111,6 +115,8 @@ class EngineProcess:
                 "settings": asdict(command.settings),
                 "max_running": command.max_running,
                 "cache_bytes": command.cache_bytes,
+                "config": None if command.config is None else asdict(command.config),
+                "automatic": asdict(command.automatic),
                 "costs_folder": command.costs_folder,
             }
         )

@@ -29,6 +29,7 @@ from edgeinfer.engine.request import (
 )
 from edgeinfer.errors import WorkerDied
 from edgeinfer.sampling import SamplingParams
+from edgeinfer_models.config import ModelConfig, WeightGroup
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 30
@@ -103,6 +104,12 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         logprobs=data["logprobs"],
         overflow=data["overflow"],
     )
+
+
+def config_from_wire(data: Mapping[str, Any]) -> ModelConfig:
+    weights = tuple(WeightGroup(**group) for group in data["weights"])
+    heads = tuple(data["num_kv_heads"])
+    return ModelConfig(**{**data, "weights": weights, "num_kv_heads": heads})
 
 
 def event_to_wire(event: Event) -> dict[str, Any]:

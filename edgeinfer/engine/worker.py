@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -29,8 +30,10 @@ from typing import Any, BinaryIO
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.measured_costs import MeasuredCosts
-from edgeinfer.engine.wire import event_to_wire, receive, request_from_wire, send
+from edgeinfer.engine.memory import fit_here, report_memory
+from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
+from edgeinfer.machine.ledger import Automatic
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 
@@ -128,8 +131,18 @@ class Worker:
         )
         settings = dict(command["settings"])
         settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
+        config = None if command["config"] is None else config_from_wire(command["config"])
         try:
-            runtime = get_backend(command["backend"]).load(files, RuntimeSettings(**settings), progress)
+            backend = get_backend(command["backend"])
+            fit = fit_here(
+                backend,
+                files,
+                config,
+                RuntimeSettings(**settings),
+                command["cache_bytes"],
+                Automatic(**command["automatic"]),
+            )
+            runtime = backend.load(files, fit.settings, progress)
             if self._load_cancelled:
                 runtime.close()
                 raise LoadFailed(f"loading {files.name} was cancelled")
@@ -142,20 +155,21 @@ class Worker:
             return
         if command["costs_folder"] and runtime.facts.can.threads:
             folder = Path(command["costs_folder"])
-            options = {"gpu_layers": str(settings["gpu_layers"])}
+            options = {"gpu_layers": str(fit.settings.gpu_layers)}
             self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin, options)
             self._costs.measure_first()
         self._engine = Engine(
             runtime,
             model=files.name,
             max_running=command["max_running"],
-            cache_bytes=command["cache_bytes"],
+            cache_bytes=fit.cache_bytes,
             tell_interval_s=TELL_INTERVAL_S,
             tuner=None if self._costs is None else self._costs.tuner,
         )
         # What is here now stays; a full collection in the middle of an answer need not look at it.
         gc.collect()
         gc.freeze()
+        memory = report_memory(files.name, fit.ledger, runtime)
         facts = runtime.facts
         tokenizer = runtime.tokenizer
         self._send(
@@ -173,10 +187,13 @@ class Worker:
                 "kv_bytes_per_token": facts.kv_bytes_per_token,
                 "threads": facts.threads,
                 "threads_batch": facts.threads_batch,
-                "memory": [[item.name, item.num_bytes] for item in runtime.memory()],
+                "memory": [asdict(use) for use in memory.uses],
+                "predicted_bytes": memory.predicted_bytes,
+                "resident_bytes": memory.resident_bytes,
+                "cache_bytes": fit.cache_bytes,
                 "bos": tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else "",
                 "eos": tokenizer.text(tokenizer.eos) if tokenizer.eos is not None else "",
-                "warnings": list(facts.warnings),
+                "warnings": [*fit.warnings, *facts.warnings],
             }
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,18 @@ FILE_TYPES = {
     26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
     36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+
+
+INPUT, OUTPUT = -1, -2  # `WeightGroup.layer` of what stands before and behind the layers
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Tensors of one type in one layer, added up: enough to tell where they will lie."""
+
+    layer: int  # or INPUT, OUTPUT
+    type_name: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class ModelConfig:
     licence: str  # "" if the file does not say
     quantization: str  # "Q4_K_M", "BF16" …
     caches_values: bool = True  # MLA keeps one latent instead of keys and values
+    num_merges: int = 0  # of a BPE vocabulary
+    is_tied: bool = False  # the token embeddings are the output's weights too
+    weights: tuple[WeightGroup, ...] = ()  # empty where only `weights_bytes` is known
 
     @property
     def bits_per_weight(self) -> float:
@@ -103,6 +119,9 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
         licence=header.get_str("general.license"),
         quantization=_quantization(header),
         caches_values=header.get("{arch}.attention.key_length_mla") is None,
+        num_merges=header.get_length("tokenizer.ggml.merges") or 0,
+        is_tied=header.tensor("output.weight") is None,
+        weights=_weight_groups(header),
     )
 
 
@@ -150,6 +169,20 @@ def config_from_hf(folder: Path) -> ModelConfig:
         licence=_readme_licence(folder),
         quantization=max(dtypes, key=lambda dtype: dtypes[dtype]) if dtypes else "",
     )
+
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_BEFORE_LAYERS = ("token_embd", "token_types", "position_embd", "per_layer_token_embd")
+
+
+def _weight_groups(header: GgufHeader) -> tuple[WeightGroup, ...]:
+    sizes: dict[tuple[int, str], int] = {}
+    for tensor in header.tensors:
+        match = _LAYER.match(tensor.name)
+        layer = int(match[1]) if match else INPUT if tensor.name.startswith(_BEFORE_LAYERS) else OUTPUT
+        key = (layer, tensor.type_name)
+        sizes[key] = sizes.get(key, 0) + tensor.num_bytes
+    return tuple(WeightGroup(*key, num_bytes) for key, num_bytes in sorted(sizes.items()))
 
 
 class _HfValues:

@@ -7,12 +7,10 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgeinfer.machine.probe import probe_machine
 from tests.cli.conftest import Console, Invoke, Script
 from tests.fixtures_gguf import write_tiny_gguf
 
@@ -96,15 +94,14 @@ def test_a_name_that_cannot_be_a_path_is_one_line(console: Console) -> None:
         assert done.error_line.isprintable()
 
 
-def test_a_model_larger_than_memory_says_the_arithmetic(
-    invoke: Invoke, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = replace(probe_machine(), available_bytes=40 * 2**20)
-    monkeypatch.setattr("edgeinfer.open.probe_machine", lambda: machine)
-    done = invoke("run", "--ctx", "1000000", tiny, "hi")
+def test_a_model_larger_than_memory_says_the_arithmetic(console: Console, tmp_path: Path) -> None:
+    # 512 KiB of KV cache for each of 16 million tokens
+    path = write_tiny_gguf(tmp_path / "wide.gguf", layers=32, heads=32, kv_heads=32, head_dim=128)
+    done = console("run", "--ctx", str(2**24), path, "hi")
     assert done.code == 1
-    assert "--ctx" in done.error_line and "would fit" in done.error_line
-    assert "40 MiB" in done.error_line
+    assert "KV cache 8192 GiB for 16777216 tokens + compute" in done.error_line
+    assert "memory is free; --ctx" in done.error_line
+    assert "would fit" in done.error_line
 
 
 def test_a_corrupted_download_is_refused_and_not_kept(console: Console, tiny: Path) -> None:

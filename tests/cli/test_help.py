@@ -129,9 +129,29 @@ def test_doctor_says_what_is_here(console: Console, config_file: Path) -> None:
     for word in ("machine", "memory", "backend    llamacpp", "models", "config", "versions"):
         assert word in shown.out
     assert f"{config_file} (none there)" in shown.out
+    assert "           built with " in shown.out
     found = console("doctor", "--json").json
+    assert {"stalled_share", "level", "swap_used_bytes", "is_high"} == set(found["machine"]["pressure"])
     assert {"machine", "backends", "models", "config", "versions"} <= set(found)
     assert found["config"] == {"path": str(config_file), "found": False, "error": None}
+
+
+def test_memory_pressure_is_a_finding_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeinfer.cli.doctor import examine, render
+    from edgeinfer.machine import pressure
+
+    monkeypatch.setattr(pressure, "read_pressure", lambda: pressure.MemoryPressure(0.4))
+    shown = render(examine())
+    assert "; waited for 40% of the last 10 s" in shown
+    assert "finding    memory is short: waited for 40%" in shown
+
+
+def test_a_build_is_shown_by_what_it_has() -> None:
+    from edgeinfer.cli.doctor import build_features
+
+    build = "llama-cpp-python 0.3.36; CPU : SSE3 = 1 | AVX2 = 1 | AMX = 0 | CUDA : ARCHS = 890 | "
+    assert build_features(build) == ["SSE3", "AVX2", "ARCHS"]
+    assert build_features("mlx 0.32.4, mlx-lm 0.32.2, Linux x86_64") == []
 
 
 def test_a_card_that_the_build_cannot_use_is_a_finding_of_doctor(

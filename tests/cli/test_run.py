@@ -167,3 +167,12 @@ def test_any_character_can_be_printed_in_any_locale(console: Console, script: Sc
     chosen = script(answers={"*": "naïve 😀"})
     done = console("run", "-q", *chosen, "hi", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert (done.code, done.out) == (0, "na?ve ?\n")
+
+
+def test_debug_says_what_memory_was_predicted_and_taken(invoke: Invoke, script: Script) -> None:
+    done = invoke("run", "--debug", *script(), "hi")
+    assert done.out == "Hello there.\n"
+    lines = [line for line in done.err.splitlines() if line.startswith("edgeinfer: memory: ")]
+    assert "edgeinfer: memory: kv cache: 0 MiB predicted, 0 MiB allocated" in lines
+    assert "predicted once its context is full" in lines[-1]
+    assert "memory" not in invoke("run", *script(), "hi").err

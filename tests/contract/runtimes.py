@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeinfer.backend import Backend, RuntimeSettings
+from edgeinfer.backend import Backend, MemoryItem, RuntimeSettings
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from edgeinfer_models.model_files import ModelFiles
+from edgeinfer_models.resolve import resolve_model
 from tests.contract.checked_runtime import CheckedRuntime
 from tests.fixtures_hf import ModelType
 
@@ -26,9 +27,19 @@ class RuntimeFactory:
     find_backend: Callable[[], Backend]
     make_files: Callable[[Path], ModelFiles]
 
+    def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
+        files = self.make_files(folder)
+        config = resolve_model(str(_opened(files))).config if files.paths else None
+        return self.find_backend().predict_memory(files, config, settings)
+
     def load(self, folder: Path, settings: RuntimeSettings) -> CheckedRuntime:
         runtime = self.find_backend().load(self.make_files(folder), settings, lambda done: True)
         return CheckedRuntime(runtime)
+
+
+def _opened(files: ModelFiles) -> Path:
+    """What a user would name to open these files."""
+    return files.paths[0] if files.format == "gguf" else files.paths[0].parent
 
 
 def _tiny_gguf(folder: Path) -> ModelFiles:

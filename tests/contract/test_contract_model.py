@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.contract.driving import (
     some_tokens,
     unchanged,
 )
-from tests.contract.runtimes import RuntimeFactory
+from tests.contract.runtimes import SETTINGS, RuntimeFactory
 
 Load = Callable[..., CheckedRuntime]
 
@@ -72,6 +73,34 @@ def test_memory_items_are_positive_and_the_kv_cache_adds_up(runtime: CheckedRunt
     (kv,) = [item for item in items if item.name == "kv cache"]
     assert kv.num_bytes >= runtime.facts.cells * runtime.facts.kv_bytes_per_token
     assert any(item.name == "weights" for item in items)
+
+
+def test_memory_is_predicted_without_loading(factory: RuntimeFactory, model_folder: Path) -> None:
+    settings = SETTINGS
+    items = factory.predict(model_folder, settings)
+    assert all(item.num_bytes > 0 and item.name and item.device for item in items)
+    assert {"weights", "kv cache", "compute", "process"} <= {item.name for item in items}
+
+    def kv_cache(**changes: Any) -> int:
+        predicted = factory.predict(model_folder, replace(settings, **changes))
+        return sum(item.num_bytes for item in predicted if item.name == "kv cache")
+
+    assert kv_cache(context=4096) > kv_cache(context=1024)
+    assert kv_cache(sequences=4) > kv_cache(sequences=1)
+
+
+def test_what_was_allocated_was_predicted(
+    load: Load, factory: RuntimeFactory, model_folder: Path
+) -> None:
+    predicted = factory.predict(model_folder, SETTINGS)
+    for real in load().memory():
+        same = [
+            i for i in predicted if (i.name, i.device, i.form) == (real.name, real.device, real.form)
+        ]
+        assert same, f"{real} was not predicted"
+        if real.name in ("weights", "kv cache"):
+            slack = max(0.02 * real.num_bytes, 16 * 1024)
+            assert sum(i.num_bytes for i in same) == pytest.approx(real.num_bytes, abs=slack)
 
 
 def test_an_identity_is_text_and_names_what_decides(load: Load) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,9 @@ def test_show_prints_what_the_issue_asks_for(run: Run, tiny: Path) -> None:
     assert shown["Template"] == "the model's own"
     assert shown["Licence"] == "apache-2.0"
     assert shown["File"] == str(tiny)
+    assert re.fullmatch(
+        r"\d\d MiB at 4,096 tokens: weights \(mapped\) 0 MiB \+ kv cache .*", shown["Memory"]
+    )
 
 
 def test_show_json_has_every_fact(run: Run, starter: Path) -> None:
@@ -93,6 +97,9 @@ def test_show_json_has_every_fact(run: Run, starter: Path) -> None:
     assert facts["kv_bytes_per_token"] == {"f16": 256, "q8_0": 136, "q4_0": 72}
     assert facts["template"] == {"origin": "model", "name": "model"}
     assert len(facts["sha256"]) == 64
+    memory = facts["memory"]
+    assert memory["context"] == 4096
+    assert memory["bytes"] == sum(item["num_bytes"] for item in memory["items"])
     assert facts["bytes"] == starter.stat().st_size
 
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from edgeinfer.backend import Backend, Probe, Progress, Runtime, RuntimeSettings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import (
+    Backend,
+    Device,
+    MemoryItem,
+    Probe,
+    Progress,
+    Runtime,
+    RuntimeSettings,
+)
 from edgeinfer.errors import BackendUnavailable, LoadFailed
 from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
 
 
 class LlamaCppBackend(Backend):
@@ -26,19 +40,28 @@ class LlamaCppBackend(Backend):
         except (BackendUnavailable, OSError) as error:
             return Probe(False, str(error), version=library.version())
 
+    def predict_memory(
+        self,
+        files: ModelFiles,
+        config: ModelConfig | None,
+        settings: RuntimeSettings,
+        devices: Sequence[Device] = (),
+    ) -> list[MemoryItem]:
+        from edgeinfer_backends.llamacpp.prediction import predict_memory
+
+        if config is None:
+            raise ValueError("llama.cpp's memory is worked out from a model's configuration")
+        return predict_memory(files.weight_types, config, settings, devices)
+
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
-        from edgeinfer_backends.llamacpp.native import (
-            MAX_NATIVE_SEQUENCES,
-            RESERVED_SEQUENCES,
-            create_context,
-        )
+        from edgeinfer_backends.llamacpp.native import create_context
+        from edgeinfer_backends.llamacpp.prediction import sequence_handles
         from edgeinfer_backends.llamacpp.runtime import LlamaCppRuntime
 
         if files.format not in self.formats:
             raise LoadFailed(f"{files.name} is a {files.format} model; llama.cpp reads GGUF files")
         if settings.adapters:
             raise LoadFailed("adapters are not supported yet")
-        # running sequences, and as many again for forks and chats that stay live between turns
-        handles = min(2 * settings.sequences + 8, MAX_NATIVE_SEQUENCES - RESERVED_SEQUENCES)
+        handles = sequence_handles(settings.sequences)
         native = create_context(files, settings, handles, progress)
         return LlamaCppRuntime(native, files, settings, handles)

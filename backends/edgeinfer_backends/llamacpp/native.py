@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeinfer.backend import MemoryItem, Progress, RuntimeSettings
+from edgeinfer.backend import MemoryForm, MemoryItem, Progress, RuntimeSettings
 from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.llamacpp.library import abort_flag, library, native_log
+from edgeinfer_backends.llamacpp.prediction import (
+    RESERVED_SEQUENCES,
+    may_map,
+    num_cells,
+    num_logit_rows,
+)
 from edgeinfer_models.model_files import ModelFiles
 
 # enum ggml_type, the ones llama.cpp takes for a KV cache (ggml.h, 0.3.36)
@@ -27,19 +33,8 @@ KV_TYPES = {
 }
 QUANTIZED_KV = frozenset(KV_TYPES) - {"f32", "f16", "bf16"}
 
-# Cells beyond every sequence's context, so that sequences can be aligned to tiles (see cells.py).
-TILE_SLACK = 128
-
-# Sequences of our own beside the caller's: see runtime.py.
-RESERVED_SEQUENCES = 3
-MAX_NATIVE_SEQUENCES = 256  # LLAMA_MAX_SEQ (llama-cparams.h)
-
-# Repacked on x86 with AVX2 and on Arm with dot products (ggml-cpu/repack.cpp, 0.3.36).
-_REPACKED = frozenset({"q4_0", "q4_k", "iq4_nl"})
-
-_COMPUTE_BUFFER = re.compile(r"(\S+)\s+compute buffer size\s*=\s*([\d.]+) MiB")
-_KV_BUFFER = re.compile(r"(\S+)\s+KV buffer size\s*=\s*([\d.]+) MiB")
-_WEIGHTS = re.compile(r"(\S+) model buffer size\s*=\s*([\d.]+) MiB")
+_BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
+_BUFFER_NAMES = {"model": "weights", "KV": "kv cache", "compute": "compute", "output": "logits"}
 
 
 @dataclass
@@ -112,7 +107,8 @@ def _load_model(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = settings.gpu_layers
     # enum llama_load_mode: NONE = 0, MMAP = 1 (llama.h, 0.3.36)
-    params.load_mode = 1 if settings.mmap and _may_map(lib, files) else 0
+    is_mapped = settings.mmap and lib.llama_supports_mmap() and may_map(files.weight_types)
+    params.load_mode = 1 if is_mapped else 0
     callback = lib.llama_progress_callback(report)  # alive until the load returns
     params.progress_callback = callback
     paths = [str(path).encode("utf-8", "surrogateescape") for path in files.paths]
@@ -126,14 +122,6 @@ def _load_model(
     return model, False
 
 
-def _may_map(lib: Any, files: ModelFiles) -> bool:
-    """Whether to map the file. The CPU's repacked types are copied into another layout, and the mapped
-    original stays resident beside the copy: reading instead saves it (57 of 258 MB on SmolLM2 Q4_0)."""
-    repacked = sum(size for kind, size in files.weight_types if kind.lower() in _REPACKED)
-    total = sum(size for _, size in files.weight_types)
-    return bool(lib.llama_supports_mmap()) and repacked * 4 <= total
-
-
 def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tuple[Any, Any]:
     for name in (settings.kv_type_k, settings.kv_type_v):
         if name not in KV_TYPES:
@@ -141,12 +129,10 @@ def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tupl
     if settings.kv_type_v in QUANTIZED_KV and not settings.flash_attention:
         raise LoadFailed(f"a {settings.kv_type_v} V cache needs flash attention, which is off")
     params = lib.llama_context_default_params()
-    params.n_ctx = settings.context * settings.sequences
-    if settings.sequences > 1:
-        params.n_ctx += TILE_SLACK * settings.sequences
+    params.n_ctx = num_cells(settings)
     params.n_batch = params.n_ubatch = min(settings.step_tokens, params.n_ctx)
     params.n_seq_max = sequences + RESERVED_SEQUENCES
-    params.n_outputs_max = settings.logit_rows
+    params.n_outputs_max = num_logit_rows(settings)
     if settings.threads:
         params.n_threads = settings.threads
     if settings.threads_batch:
@@ -165,10 +151,21 @@ def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tupl
 
 
 def _memory_items(lines: list[str]) -> list[MemoryItem]:
-    items = []
-    for pattern, name in ((_WEIGHTS, "weights"), (_KV_BUFFER, "kv cache"), (_COMPUTE_BUFFER, "compute")):
-        for line in lines:
-            match = pattern.search(line)
-            if match:
-                items.append(MemoryItem(name, int(float(match[2]) * 2**20), match[1]))
-    return items
+    """What llama.cpp said it allocated, added up by name, device and form. Figures of 10 KiB."""
+    sizes: dict[MemoryItem, float] = {}  # by an item without its size
+    for line in lines:
+        match = _BUFFER.search(line)
+        if match:
+            device, form = _place(match[1])
+            item = MemoryItem(_BUFFER_NAMES[match[2]], 0, device, form)
+            sizes[item] = sizes.get(item, 0.0) + float(match[3])
+    return [replace(item, num_bytes=int(mib * 2**20)) for item, mib in sizes.items() if mib]
+
+
+def _place(buffer: str) -> tuple[str, MemoryForm]:
+    """Device and form of a buffer by llama.cpp's name: CPU, CPU_Mapped, CPU_REPACK, CUDA0, CUDA_Host."""
+    if buffer == "CPU_REPACK":
+        return "cpu", "repacked"
+    if buffer.endswith("_Mapped"):
+        return "cpu", "mapped"
+    return ("cpu" if buffer == "CPU" or buffer.endswith("_Host") else "gpu"), ""

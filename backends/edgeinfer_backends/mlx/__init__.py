@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from edgeinfer.backend import Backend, Device, Probe, Progress, Runtime, RuntimeSettings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import (
+    Backend,
+    Device,
+    MemoryItem,
+    Probe,
+    Progress,
+    Runtime,
+    RuntimeSettings,
+)
 from edgeinfer.errors import BackendUnavailable, LoadFailed, ModelError, UnsupportedModel
 from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
 
 INSTALL = "run `pip install edgeinfer[mlx]`"
 MLX_LM_SERIES = "0.32"  # its classes and functions change between minor versions
@@ -19,6 +33,19 @@ class MlxBackend(Backend):
             return _probe()
         except Exception as error:  # whatever a broken installation raises
             return Probe(False, f"mlx is installed but does not work here ({error}); {INSTALL}")
+
+    def predict_memory(
+        self,
+        files: ModelFiles,
+        config: ModelConfig | None,
+        settings: RuntimeSettings,
+        devices: Sequence[Device] = (),
+    ) -> list[MemoryItem]:
+        from edgeinfer_backends.mlx.prediction import predict_memory
+
+        if config is None:
+            raise ValueError("MLX's memory is worked out from a model's configuration")
+        return predict_memory(config, settings, devices)
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
         if files.format not in self.formats:

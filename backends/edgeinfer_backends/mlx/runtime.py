@@ -28,7 +28,8 @@ from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.mlx.checked_folder import CheckedFolder
 from edgeinfer_backends.mlx.devices import describe_build, on_device, switches
 from edgeinfer_backends.mlx.model import MlxModel
-from edgeinfer_backends.mlx.sequence_cache import GROWTH, SequenceCache, StepLayer
+from edgeinfer_backends.mlx.prediction import IDLE_SEQUENCES, runtime_items
+from edgeinfer_backends.mlx.sequence_cache import SequenceCache, StepLayer
 from edgeinfer_backends.mlx.snapshots import SnapshotFormat
 from edgeinfer_backends.sampling_reference import ReferenceSampler
 from edgeinfer_models.hf_tokenizer import HfTokenizer
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from edgeinfer.backend import Logits
 
-IDLE_SEQUENCES = 32  # handles beyond those that run at once
 _KV_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 # Rows of a GPU's matrix product and attention take other kernels from some count on. Not measured: there
@@ -61,6 +61,7 @@ class MlxRuntime(Runtime):
         self._model = model
         self._tokenizer = tokenizer
         self._device = device
+        self._settings = settings
         self._warnings = list(folder.warnings)
         type_k, type_v = self._kv_type(settings.kv_type_k), self._kv_type(settings.kv_type_v)
         self._type_k, self._type_v = (getattr(mx, _KV_TYPES[kind]) for kind in (type_k, type_v))
@@ -132,13 +133,10 @@ class MlxRuntime(Runtime):
     def memory(self) -> list[MemoryItem]:
         """The KV cache as if it were full; it is allocated as it fills."""
         facts = self._facts
-        rows = facts.max_logit_rows * facts.vocab_size * 4
-        states = facts.max_step_tokens * facts.embedding_size * 4 * 8  # a layer's widest, about
-        rounding = facts.max_sequences * GROWTH * facts.kv_bytes_per_token
+        sizes = (facts.kv_bytes_per_token, facts.vocab_size, facts.embedding_size)
         return [
             MemoryItem("weights", self._weight_bytes, self._device),
-            MemoryItem("kv cache", facts.cells * facts.kv_bytes_per_token + rounding, self._device),
-            MemoryItem("compute", rows + states, self._device),
+            *runtime_items(*sizes, self._settings, self._device),
         ]
 
     def _kv_type(self, wanted: str) -> str:

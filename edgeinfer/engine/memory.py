@@ -1,0 +1,96 @@
+"""A model's memory in the process that loads it: made to fit before, compared with the truth after."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import Backend, Device, MemoryItem, Runtime, RuntimeSettings
+from edgeinfer.machine.ledger import (
+    Automatic,
+    Fit,
+    MemoryLedger,
+    MemoryUse,
+    Room,
+    fit_model,
+    shown_bytes,
+)
+from edgeinfer.machine.pressure import read_pressure
+from edgeinfer.machine.probe import probe_machine
+from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
+
+log = logging.getLogger("edgeinfer.memory")
+
+FAR_OFF = 0.10  # a prediction that is worth a line in the log
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """resident_bytes: of this process, after the load."""
+
+    uses: tuple[MemoryUse, ...]
+    predicted_bytes: int
+    resident_bytes: int
+
+
+def fit_here(
+    backend: Backend,
+    files: ModelFiles,
+    config: ModelConfig | None,
+    settings: RuntimeSettings,
+    cache_bytes: int,
+    automatic: Automatic,
+) -> Fit:
+    """Raises ModelTooLarge."""
+    found = backend.probe()  # one that is not usable says so when it is to load
+    devices = found.devices if settings.gpu_layers != 0 else ()
+
+    def predict(tried: RuntimeSettings) -> list[MemoryItem]:
+        return backend.predict_memory(files, config, tried, devices)
+
+    layers = config.num_layers if config is not None else 0
+    return fit_model(files.name, predict, settings, cache_bytes, room_here(devices), automatic, layers)
+
+
+def room_here(devices: tuple[Device, ...]) -> Room:
+    machine = probe_machine()
+    pressure = read_pressure()
+    free_on_gpus = [device.free_bytes for device in devices if device.kind == "gpu"]
+    # Apple's GPU has the machine's memory; one that does not tell what is free cannot be planned for.
+    has_own = bool(free_on_gpus) and all(free_on_gpus) and sys.platform != "darwin"
+    return Room(
+        free_bytes=machine.available_bytes + resident_bytes(),
+        total_bytes=machine.total_bytes,
+        gpu_bytes=sum(free_on_gpus) if has_own else None,
+        pressure=str(pressure) if pressure.is_high else "",
+    )
+
+
+def report_memory(name: str, ledger: MemoryLedger, runtime: Runtime) -> MemoryReport:
+    """Compare, and log it: a line at INFO, a warning where the prediction was far off."""
+    resident = resident_bytes()
+    uses = ledger.compared(runtime.memory())
+    predicted = ledger.total("cpu")
+    for use in uses:
+        log.info("%s", use)
+    off = ledger.deviation(resident, is_warm=False)
+    log.log(
+        logging.WARNING if abs(off) > FAR_OFF else logging.INFO,
+        "%s: %s predicted, %s resident (%+.1f %%)",
+        name,
+        shown_bytes(predicted),
+        shown_bytes(resident),
+        100 * off,
+    )
+    return MemoryReport(uses, predicted, resident)
+
+
+def resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
