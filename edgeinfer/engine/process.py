@@ -28,6 +28,10 @@ log = logging.getLogger("edgeinfer.worker")
 
 SHUTDOWN_S = 2.0
 
+# Weights, KV cache and buffers on pages of 2 MiB where the system gives them to those who ask (Linux's
+# usual setting, "madvise"): decode gains 4 to 7 % on a 135M model, prefill 2 %, in pairs of processes.
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc 2.35 and later; others ignore it
+
 
 @dataclass(frozen=True)
 class LoadCommand:
@@ -65,13 +69,12 @@ class EngineProcess:
         self._load_ids = count()
         self._progress: Callable[[float], None] | None = None
         self._last_words: deque[str] = deque(maxlen=30)
-        environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "edgeinfer.engine.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=worker_environment(os.environ),
             start_new_session=True,  # Ctrl+C in the terminal is for the owner
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr
@@ -249,3 +252,12 @@ class EngineProcess:
                 if text:
                     self._last_words.append(text)
                     log.debug("%s", text)
+
+
+def worker_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The worker's: ours, with what must be set before a process starts."""
+    environment = {**inherited, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
+    tunables = inherited.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        environment["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, _HUGE_PAGES)))
+    return environment

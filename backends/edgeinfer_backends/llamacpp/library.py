@@ -26,6 +26,8 @@ log = logging.getLogger("edgeinfer.llamacpp")
 # enum ggml_log_level (ggml.h, llama-cpp-python 0.3.36)
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUATION = 5
+# Said of every step that `abort` ended: GGML_STATUS_ABORTED = 1 (llama-context.cpp, 0.3.36)
+_ABORTED = ("graph_compute_async failed with error 1", "failed to compute graph, compute status: 1")
 
 _device_kinds: dict[int, Any] = {0: "cpu", 1: "gpu", 2: "gpu", 3: "npu"}  # enum ggml_backend_dev_type
 
@@ -53,9 +55,10 @@ class NativeLog:
                 for line in filter(None, (line.strip() for line in lines)):
                     if "buffer size" in line:
                         self._sizes.append(line)
-                    if self._level >= logging.ERROR:
+                    level_of_line = logging.DEBUG if line.endswith(_ABORTED) else self._level
+                    if level_of_line >= logging.ERROR:
                         self._errors.append(line)
-                    log.log(self._level, "%s", line)
+                    log.log(level_of_line, "%s", line)
         except Exception:
             return
 
