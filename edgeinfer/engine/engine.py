@@ -198,8 +198,11 @@ class Engine:
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
         step = _step_of(chosen)
-        if self._tuner is not None:
-            step = self._tune(self._tuner, step, chosen)
+        tuner = self._tuner
+        if tuner is not None and tuner.leaves_decode_alone and self._is_lone_decode(chosen):
+            tuner = None
+        if tuner is not None:
+            step = self._tune(tuner, step, chosen)
         begin = time.perf_counter()
         try:
             result = self.runtime.forward(step)
@@ -217,8 +220,8 @@ class Engine:
             for running, _ in chosen:
                 self._events += self._end(running, "failed", "stop", error)
             return
-        if self._tuner is not None:
-            self._tuner.observe(self._choice, *self._shape, time.perf_counter() - begin)
+        if tuner is not None:
+            tuner.observe(self._choice, *self._shape, time.perf_counter() - begin)
         elif self._last_was_large:
             self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
         for index, (running, count) in enumerate(chosen):
@@ -233,7 +236,7 @@ class Engine:
     def _tune(self, tuner: Tuner, step: Step, chosen: list[tuple[RunningRequest, int]]) -> Step:
         """Set the threads the step is to have, and return it with the padding it is to have."""
         facts = self.runtime.facts
-        if len(chosen) == 1 and len(step.parts[0].tokens) == 1:
+        if self._is_lone_decode(chosen):
             self._shape = (1, 1, chosen[0][0].num_computed)
         else:
             rows = sum(part.logits != "none" for part in step.parts)
@@ -250,6 +253,10 @@ class Engine:
                     if BUSY not in running.warnings:
                         running.warnings.append(BUSY)
         return Step(step.parts, choice.padding) if choice.padding else step
+
+    @staticmethod
+    def _is_lone_decode(chosen: list[tuple[RunningRequest, int]]) -> bool:
+        return len(chosen) == 1 and chosen[0][1] == 1
 
     def _learn_rate(self, seconds: float, tokens: int) -> None:
         rate, known = seconds / tokens, self._prefill_s_per_token

@@ -6,8 +6,8 @@ all (measured on 2 cores: 12 tok/s on two threads, 154 on one). No fixed choice 
 that is used for other things, so every step's time is compared with what it should cost: a thread count
 that has become slow is left for another one, and taken up again once there are free cores for it.
 
-No result depends on it but in the last bits (RuntimeFacts says where); a runtime opened with a fixed
-number of threads has no tuner.
+No result depends on it but in the last bits (RuntimeFacts says where). A runtime opened with a fixed
+number of threads keeps them; only padding, which changes no bit, is chosen there.
 """
 
 from __future__ import annotations
@@ -101,6 +101,16 @@ class Tuner:
         self._recheck: Choice | None = None
         self._recheck_left = 0
 
+    @classmethod
+    def of_padding(cls, threads: int, threads_batch: int) -> Tuner:
+        """For threads that were asked for: padding alone is chosen, and learnt from live steps."""
+        return cls(StepCosts(), (threads,), (threads, threads_batch), lambda: None)
+
+    @property
+    def leaves_decode_alone(self) -> bool:
+        """Whether a lone token to decode has nothing to choose."""
+        return self.candidates == self._default[:1] == self._default[1:]
+
     @property
     def is_slowed(self) -> bool:
         """Whether a neighbour keeps decoding from the threads it would have."""
@@ -172,8 +182,8 @@ class Tuner:
                     costs[choice] = seconds * slow.get(threads, 1.0)
                     if 0 < self.costs.count(kind) < TRIES:
                         unknown.append(choice)
-        if not costs:
-            return Choice(self._default[0])
+        if not costs:  # the end of a prompt is no decoding, however short
+            return Choice(self._default[0] if tokens == rows else self._default[1])
         best = min(costs, key=lambda c: (costs[c], c.threads, c.padding))
         trial = self._trial(unknown, costs, best)
         if trial is not None:

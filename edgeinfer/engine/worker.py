@@ -31,6 +31,7 @@ from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
+from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
 from edgeinfer.machine.ledger import Automatic
@@ -153,18 +154,22 @@ class Worker:
             logging.getLogger("edgeinfer.worker").exception("loading failed")
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
+        tuner: Tuner | None = None
         if command["costs_folder"] and runtime.facts.can.threads:
             folder = Path(command["costs_folder"])
             options = {"gpu_layers": str(fit.settings.gpu_layers)}
             self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin, options)
             self._costs.measure_first()
+            tuner = self._costs.tuner
+        elif runtime.facts.can.threads:
+            tuner = Tuner.of_padding(runtime.facts.threads, runtime.facts.threads_batch)
         self._engine = Engine(
             runtime,
             model=files.name,
             max_running=command["max_running"],
             cache_bytes=fit.cache_bytes,
             tell_interval_s=TELL_INTERVAL_S,
-            tuner=None if self._costs is None else self._costs.tuner,
+            tuner=tuner,
         )
         # What is here now stays; a full collection in the middle of an answer need not look at it.
         gc.collect()

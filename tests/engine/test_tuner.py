@@ -179,6 +179,31 @@ def test_padding_is_tried_and_kept_where_it_wins(rows: int, padding: int) -> Non
     assert mostly(bench.run(80, rows)) == Choice(2, padding)
 
 
+def test_threads_that_were_asked_for_stay_and_padding_is_learnt() -> None:
+    bench = Bench(two_cores)
+    bench.tuner = Tuner.of_padding(2, 2)
+    chosen = bench.run(80, 3)
+    assert {choice.threads for choice in chosen} == {2}
+    assert mostly(chosen) == Choice(2, 1)
+    bench.busy = True
+    assert {choice.threads for choice in bench.run(40, 3)} == {2}
+    assert set(bench.run(10, 512, 1)) == {Choice(2)}
+
+
+def test_prefill_threads_that_were_asked_for_are_its_own() -> None:
+    bench = Bench(two_cores)
+    bench.tuner = Tuner.of_padding(1, 2)
+    assert not bench.tuner.leaves_decode_alone
+    assert set(bench.run(10, 512, 1)) == {Choice(2)}
+    assert set(bench.run(10)) == {Choice(1)}
+
+
+def test_the_end_of_an_unmeasured_prompt_has_the_threads_of_prefill() -> None:
+    tuner = Tuner(StepCosts(), (1, 2), (1, 2), lambda: None)
+    assert tuner.choose(30, 1, 30, 63) == Choice(2)
+    assert tuner.choose(2, 2, 30, 63) == Choice(1)
+
+
 def test_a_hopeless_padding_is_tried_once() -> None:
     bench = Bench(lambda t, n, r: 0.01 * (10 if n == 8 else n))
     chosen = bench.run(120, 5)
