@@ -4,8 +4,8 @@ Tokens a second of all streams together while all of them decode, as their reade
 (edgeinfer.measure.streams), on both sides with the same prompts of random tokens, the same threads for
 decoding and prefill, f16 KV cache and flash attention. Both sides stay loaded between their turns.
 
-At 3, 7 and 11 streams edgeinfer can be ahead by filling the kernels' tile of four rows. What that can gain
-depends on the processor (1.37 on one, 1.00 on another), so bare steps are measured beside.
+At 3, 7 and 11 streams edgeinfer can be ahead by filling the kernels' tile of four rows. What that can
+gain depends on the processor (1.37 on one, 1.00 on another), so bare steps are measured beside.
 """
 
 from __future__ import annotations
