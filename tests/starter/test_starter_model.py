@@ -89,8 +89,10 @@ class PaddingTuner(Tuner):
         self.num_padded = 0
 
     def choose(self, tokens: int, rows: int, context: int, most: int) -> Choice:
+        if not 1 < tokens < most:
+            return Choice(1)
         self.num_padded += 1
-        return Choice(1, min(self.num_padded % 6, most - tokens) if 1 < tokens < most else 0)
+        return Choice(1, min(1 + self.num_padded % 5, most - tokens))
 
 
 def test_padded_answers_are_those_alone(starter: Path) -> None:
@@ -99,7 +101,7 @@ def test_padded_answers_are_those_alone(starter: Path) -> None:
     engine = Engine(runtime, model="starter", max_running=3, tuner=tuner)
     requests = {key: (text_tokens(engine, 500 * key, 200 + 300 * key), 12 + 6 * key) for key in range(4)}
     together = run(engine, requests, stagger=3)
-    assert tuner.num_padded > 40
+    assert tuner.num_padded > 20
     engine.check_integrity()
     engine.close()
     for key, request in requests.items():
