@@ -80,7 +80,7 @@ class LocalClient(Client):
             if self._load_cancelled:
                 raise LoadFailed(f"loading {plan.name} was cancelled")
             if self._renderer is None:
-                self._renderer = _start_renderer(plan)
+                self._keep_renderer(_start_renderer(plan))
             self.report_progress(f"loading {plan.name}", 0.0)
             # A load that fails leaves the process to the next one; one that kills it, to `_on_death`.
             facts = process.load(
@@ -105,8 +105,18 @@ class LocalClient(Client):
         if self._progress is not None:
             self._progress(what, fraction)
 
+    def _keep_renderer(self, renderer: TemplateRenderer) -> None:
+        with self._lock:
+            if not self._closed:
+                self._renderer = renderer
+                return
+        renderer.close()
+        raise LoadFailed("the client is closed")
+
     def _spawn(self) -> EngineProcess:
         with self._lock:
+            if self._closed:  # while this was about to load
+                raise LoadFailed("the client is closed")
             if self._process is not None and self._process.is_alive:
                 return self._process
             process = EngineProcess(

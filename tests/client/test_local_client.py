@@ -23,9 +23,12 @@ from edgeinfer.client import (
     Prefilled,
     Request,
     Text,
+    local,
 )
 from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, TemplateError, UsageError
+from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
+from edgeinfer_models.chat_template import TemplateRenderer
 
 ClientMaker = Callable[..., LocalClient]
 
@@ -236,6 +239,22 @@ def test_closing_ends_what_is_running_and_leaves_no_process(make_client: ClientM
     client.close()
     assert generation.result().outcome == "cancelled"
     assert not psutil.pid_exists(pid)
+
+
+def test_closing_in_the_middle_of_a_load_leaves_no_process(
+    make_client: ClientMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client()
+    start = local._start_renderer
+
+    def closed_meanwhile(plan: OpenPlan) -> TemplateRenderer:
+        renderer = start(plan)
+        client.close()
+        return renderer
+
+    monkeypatch.setattr(local, "_start_renderer", closed_meanwhile)
+    with pytest.raises(LoadFailed, match="closed"):
+        client.load()
 
 
 def test_a_closed_client_refuses_politely(make_client: ClientMaker) -> None:
