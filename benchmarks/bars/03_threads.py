@@ -32,6 +32,7 @@ LEAST_RATIO = 0.95
 LEAST_GAIN = 3.0  # in decode, over llama-server with its default threads beside a busy neighbour
 MIN_ROUNDS = 10
 CONTEXT = 2048
+WARM_UP = 1_000_000  # a seed that no round has
 MEASURED_S = 4.0  # idle after the first answer: costs are measured then
 AUTO, SERVER = "auto", "llama-server"
 NEIGHBOUR = "import os; owner = os.getppid()\nwhile os.getppid() == owner: pass"
@@ -90,14 +91,14 @@ def measure(bar: Bar) -> None:
             )
             client = stack.enter_context(LocalClient(options))
             sides[name] = our_turn(client)
-            sides[name](o.prefill, o.decode, -1)
+            sides[name](o.prefill, o.decode, WARM_UP)
             time.sleep(MEASURED_S if name == AUTO else 0.0)
         if o.only != "busy":
             _compare(bar, "idle", sides, o.decode)
         if o.only != "idle":
             server = stack.enter_context(LlamaServer(model, threads=None, slots=1, context=CONTEXT))
             sides[SERVER] = server_turn(server, client.load().vocab_size)
-            sides[SERVER](o.prefill, o.decode, -1)
+            sides[SERVER](o.prefill, o.decode, WARM_UP)
             with busy_core():
                 _compare(bar, "one core busy", sides, o.busy_decode)
 
