@@ -43,6 +43,7 @@ PROGRESS_INTERVAL_S = 0.03
 # may be running on, and thirty a second look as smooth as two hundred.
 TELL_INTERVAL_S = 1 / 30
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
+NOT_QUEUED = ("count", "cancel_load")  # commands that the intake thread obeys itself
 
 
 class Worker:
@@ -237,6 +238,9 @@ class Worker:
 
     def _prepare(self, command: dict[str, Any]) -> None:
         kind = command["cmd"]
+        costs = self._costs
+        if costs is not None and kind not in NOT_QUEUED:
+            costs.command_arrives()  # before a long prompt is tokenized: its steps have all the cores
         if kind == "submit":
             command["received"] = time.perf_counter() - command.pop("waited_s")
             try:
@@ -254,9 +258,6 @@ class Worker:
             return
         elif kind == "load":
             self._load_cancelled = False
-        costs = self._costs
-        if costs is not None:
-            costs.command_arrives()
         self._queue.put(command)
         engine = self._engine
         ends_step = kind == "shutdown" or (

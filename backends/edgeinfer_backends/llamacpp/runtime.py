@@ -218,7 +218,9 @@ class LlamaCppRuntime(Runtime):
         self._batch_pos[0] = length
         self._batch_logits[0] = 1
         self._batch_seq[0][0] = sequence
-        code = self._decode_abortable(1)
+        self._begin_abortable()
+        code = self._decode(1)
+        self._abortable = False
         if code != 0:
             self._fail_step(code, 1)
         table.append(sequence, 1)
@@ -228,13 +230,18 @@ class LlamaCppRuntime(Runtime):
     def _forward_any(self, step: Step) -> StepResult:
         starts, counts, rows = self._check_step(step)
         total = step.num_tokens
-        self._make_room(total)
-        if self._is_tiled and total >= TILE:
-            self._align(step.parts[0].sequence, total)
-        padding = min(step.padding, self._table.room() - total, self._step_tokens - total)
-        self._fill(step, padding)
-        self._row_to_batch = rows
-        code = self._decode_abortable(total + padding)
+        # Already here: moving cells takes milliseconds, and an abort that came in them would be lost.
+        self._begin_abortable()
+        try:
+            self._make_room(total)
+            if self._is_tiled and total >= TILE:
+                self._align(step.parts[0].sequence, total)
+            padding = min(step.padding, self._table.room() - total, self._step_tokens - total)
+            self._fill(step, padding)
+            self._row_to_batch = rows
+            code = self._decode(total + padding)
+        finally:
+            self._abortable = False
         if padding:
             # the dummies' cells are the topmost: they are given back and the head follows
             self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
@@ -325,13 +332,10 @@ class LlamaCppRuntime(Runtime):
                 self._abort_is_set = True
                 self._native.abort_flag[0] = b"\1"
 
-    def _decode_abortable(self, num_tokens: int) -> int:
+    def _begin_abortable(self) -> None:
         if self._abort_is_set:  # one that came too late for the step it was meant for
             self._clear_abort()
         self._abortable = True
-        code = self._decode(num_tokens)
-        self._abortable = False
-        return code
 
     def _clear_abort(self) -> None:
         with self._abort_lock:
@@ -416,6 +420,7 @@ class LlamaCppRuntime(Runtime):
         total = np.zeros(self._embedding_size, dtype=np.float64)
         chunk = self._facts.max_logit_rows  # with embeddings on, every row is an output
         self._row_to_batch = []
+        self._clear_abort()
         lib.llama_set_embeddings(self._ctx, True)
         try:
             for begin in range(0, len(tokens), chunk):
