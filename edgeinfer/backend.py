@@ -248,9 +248,10 @@ class Runtime(ABC):
         """For decoding and for prefill; 0: those of the load. Without `can.threads` the framework has no
         such setting: the numbers are checked, and facts and results stay."""
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
-        """The text's embedding: shape (embedding_size,), mean-pooled unless the model says otherwise,
-        L2-normalized. Leaves the KV cache's sequences as they were."""
+    def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
+        """Append tokens to a sequence, as `forward` does, and return the sum of their final hidden
+        states: shape (embedding_size,). A long text takes several calls, and others' steps run between
+        them. At most `max_step_tokens` tokens. Errors as those of `forward`."""
         raise NotImplementedError
 
     # -- sequences -------------------------------------------------------------------------------

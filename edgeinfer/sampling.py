@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from edgeinfer.errors import UsageError
 
@@ -64,6 +64,12 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if token < 0 or not -100.0 <= bias <= 100.0:
                 raise UsageError(f"logit_bias {token}: {bias} is outside [-100, 100] or not a token id")
+
+    def for_choice(self, index: int) -> SamplingParams:
+        """The settings of the index-th answer to one prompt: with a seed, each has its own."""
+        if self.seed is None or index == 0:
+            return self
+        return replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
 
     @property
     def is_greedy(self) -> bool:

@@ -227,20 +227,19 @@ class ScriptedRuntime(Runtime):
             raise ValueError(f"{threads} and {threads_batch} threads; 0 means the backend's choice")
         self._facts = replace(self._facts, threads=threads or 1, threads_batch=threads_batch or 1)
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
-        """Mean-pooled over tokens, each a hash of itself, the token before it and the seed."""
+    def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
+        """Each token's hidden state is a hash of itself, the token before it and the seed."""
         self._require("embeddings")
-        if not tokens:
-            raise ValueError("no tokens to embed")
-        self._check_tokens(tokens)
-        if len(tokens) > self._facts.context:
-            raise ValueError(f"{len(tokens)} tokens do not fit into {self._facts.context} of context")
         self._rows = []
-        pairs = zip(tokens, [BOS, *tokens[:-1]], strict=True)
+        self._check_step(Step([SequenceStep(sequence, tokens, "none")]))
+        (cells,) = self._cells.plan([(sequence, len(tokens))])
+        self._spend_step()
+        before = [BOS, *self._cells.tokens(sequence)][-1]
+        self._cells.append(sequence, cells, tokens)
+        pairs = zip(tokens, [before, *tokens[:-1]], strict=True)
         words = [token * 65_537 + before + self._script.seed * 2_000_003 for token, before in pairs]
         vectors = [uniform(word, EMBEDDING_SIZE) - 0.5 for word in words]
-        pooled = np.mean(vectors, axis=0)
-        return [float(x) for x in pooled / np.linalg.norm(pooled)]
+        return [float(x) for x in np.sum(vectors, axis=0)]
 
     # -- sequences -------------------------------------------------------------------------------
 

@@ -9,13 +9,16 @@ with LocalClient(OpenOptions(model="smollm2")) as client:
 
 from __future__ import annotations
 
-from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
+from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
 from edgeinfer.client.local import LocalClient
 from edgeinfer.engine.request import (
+    Embedded,
     Ended,
+    EngineStatus,
     Event,
     Message,
     Prefilled,
+    Queued,
     Request,
     RunStats,
     Started,
@@ -26,7 +29,9 @@ from edgeinfer.open import OpenOptions
 
 __all__ = [
     "Client",
+    "Embedded",
     "Ended",
+    "EngineStatus",
     "Event",
     "Generation",
     "LoadProgress",
@@ -35,9 +40,11 @@ __all__ = [
     "ModelInfo",
     "OpenOptions",
     "Prefilled",
+    "Queued",
     "Request",
     "RunStats",
     "Started",
     "Text",
+    "Token",
     "TokenLogprob",
 ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
@@ -39,6 +39,12 @@ class ModelInfo:
     has_template: bool = True
     warnings: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Token:
+    id: int
+    text: str
 
 
 class Generation:
@@ -103,6 +109,16 @@ class Client(ABC):
     @abstractmethod
     def count_tokens(self, request: Request) -> int:
         """Prompt tokens the request would have."""
+
+    @abstractmethod
+    def tokenize(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False
+    ) -> tuple[Token, ...]:
+        """add_special, parse_special: as `Tokenizer.encode` has them."""
+
+    @abstractmethod
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Raises RequestFailed for a token that the vocabulary does not have."""
 
     @abstractmethod
     def cancel_load(self) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo
+from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
 from edgeinfer.engine.process import EngineProcess
-from edgeinfer.engine.request import Ended, Event, Request, RunStats
+from edgeinfer.engine.request import Ended, EngineStatus, Event, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
 from edgeinfer.machine.gpus import find_gpus, gpu_finding
 from edgeinfer.machine.ledger import MemoryUse
@@ -144,6 +144,17 @@ class LocalClient(Client):
             self._info = None
             self._close_renderer()
 
+    def unload(self) -> bool:
+        """End the model's process, unless a request needs it; the next one loads it again. Returns
+        whether there was something to end."""
+        with self._lock:
+            process = self._process
+            if process is None or self._pending or self._info is None:
+                return False
+            self._process = self._info = None
+        process.close()
+        return True
+
     @property
     def is_load_cancelled(self) -> bool:
         """Whether the load that runs is wanted no more; a `pull_missing` may look, and raise."""
@@ -205,9 +216,34 @@ class LocalClient(Client):
             return len(request.tokens)
         self.load()
         rendered = self._render(request)
+        assert rendered.prompt is not None
+        return int(self._ask("count", prompt=rendered.prompt)["tokens"])
+
+    def tokenize(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False
+    ) -> tuple[Token, ...]:
+        reply = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
+        return tuple(Token(*pair) for pair in zip(reply["tokens"], reply["texts"], strict=True))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return str(self._ask("detokenize", tokens=list(tokens))["text"])
+
+    def status(self) -> EngineStatus | None:
+        """None while no model is loaded."""
         process = self._process
-        assert process is not None and rendered.prompt is not None
-        return process.count_tokens(rendered.prompt)
+        if process is None or self._info is None:
+            return None
+        try:
+            return EngineStatus(**process.ask("status")["status"])
+        except EdgeInferError:  # it died, or is being replaced
+            return None
+
+    def _ask(self, what: str, **about: Any) -> dict[str, Any]:
+        self.load()
+        process = self._process
+        if process is None:
+            raise WorkerDied("the model's process died; the next request starts it again")
+        return process.ask(what, **about)
 
     def _cancel(self, key: int) -> None:
         with self._lock:

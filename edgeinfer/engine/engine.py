@@ -10,8 +10,10 @@ Single-threaded but for `request_abort`. It owns the runtime: no one else touche
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,9 @@ from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.prefix_cache import PrefixCache, common_length
 from edgeinfer.engine.request import (
     CacheStats,
+    Embedded,
     Ended,
+    EngineStatus,
     Event,
     FinishReason,
     KvStats,
@@ -37,6 +41,7 @@ from edgeinfer.engine.scheduler import Demand, Limits, plan
 from edgeinfer.engine.sequence import LiveSequence, RunningRequest
 from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.errors import (
+    BackendUnavailable,
     EdgeInferError,
     OutOfCells,
     PromptTooLong,
@@ -104,6 +109,8 @@ class Engine:
         self._tuner = tuner
         self._choice = Choice(0)
         self._shape = (0, 0, 0)  # of the last step: tokens, rows of logits, longest context
+        self._num_embedding = 0  # of the running requests, those for an embedding
+        self._last_was_embedding = False
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -129,16 +136,27 @@ class Engine:
         )
         if submitted is not None:
             running.submitted = submitted
-        if not tokens:
-            return [(key, self._failure(running, EdgeInferError("the prompt is empty; say something")))]
-        if len(tokens) >= facts.context:
-            return [(key, self._failure(running, PromptTooLong(len(tokens), facts.context)))]
-        bad = next((t for t in tokens if not 0 <= t < facts.vocab_size), None)
-        if bad is not None:
-            error = EdgeInferError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
-            return [(key, self._failure(running, error))]
+        refusal = self.refusal(request, tokens)
+        if refusal is not None:
+            return [(key, self._failure(running, refusal))]
         self._waiting.append(running)
         return []
+
+    def refusal(self, request: Request, tokens: Sequence[int]) -> EdgeInferError | None:
+        """Why a request whose prompt is `tokens` can never be answered. Safe from any thread."""
+        facts = self.runtime.facts
+        if request.embedding and not facts.can.embeddings:
+            return BackendUnavailable(
+                f"{facts.backend} makes no embeddings; use a model that another backend runs"
+            )
+        if not tokens:
+            return EdgeInferError("the prompt is empty; say something")
+        if len(tokens) >= facts.context:
+            return PromptTooLong(len(tokens), facts.context)
+        bad = next((t for t in tokens if not 0 <= t < facts.vocab_size), None)
+        if bad is not None:
+            return EdgeInferError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
+        return None
 
     def cancel(self, key: int) -> Events:
         """End a request. Unknown or finished keys are ignored: the end and the wish may cross."""
@@ -146,6 +164,18 @@ class Engine:
             if running.key == key:
                 return self._end(running, "cancelled", "cancelled")
         return []
+
+    def status(self) -> EngineStatus:
+        """Safe from any thread; of a moment in the middle of a step if it must be."""
+        cells = self.runtime.facts.cells
+        return EngineStatus(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cells=cells,
+            used_cells=cells - self.runtime.free_cells(),
+            cache_bytes=self.prefixes.num_bytes,
+            cache_capacity_bytes=self.prefixes.capacity,
+        )
 
     def is_alone(self, key: int) -> bool:
         """Whether a step now under way serves this request only, so that it may be aborted."""
@@ -165,8 +195,9 @@ class Engine:
         self._events = []
         self._admit()
         if not self._events:
-            chosen = self._plan()
-            if chosen:
+            if self._num_embedding and (embedding := self._next_embedding()) is not None:
+                self._embed(embedding)
+            elif chosen := self._plan():
                 self._forward(chosen)
                 self._tell_texts()
         events, self._events = self._events, []
@@ -178,11 +209,15 @@ class Engine:
             return [(self._running[0], 1)]  # nothing to plan: the path of every token of a lone answer
         facts = self.runtime.facts
         limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, self._prefill_slice())
-        demands = [Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left) for r in self._running]
+        demands = [
+            Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left)
+            for r in self._running
+            if not r.request.embedding
+        ]
         planned = plan(demands, limits, self._last_was_large)
         self._last_was_large = planned.is_large
         by_key = {r.key: r for r in self._running}
-        if len(planned.parts) < len(self._running):
+        if len(planned.parts) < len(demands):
             # Whoever was left out comes first next time.
             served = {key for key, _ in planned.parts}
             self._running.sort(key=lambda r: r.key in served)
@@ -232,6 +267,41 @@ class Engine:
             elif prefilling:
                 done = running.num_computed
                 self._events.append((running.key, Prefilled(done, len(running.prompt))))
+
+    # -- embeddings ------------------------------------------------------------------------------
+
+    def _next_embedding(self) -> RunningRequest | None:
+        """Whose turn it is, if it is anybody's: pieces of texts and steps of answers take turns."""
+        others = len(self._running) > self._num_embedding
+        self._last_was_embedding = not (self._last_was_embedding and others)
+        if not self._last_was_embedding:
+            return None
+        return next(running for running in self._running if running.request.embedding)
+
+    def _embed(self, running: RunningRequest) -> None:
+        """One piece of a text, as small as answers beside it need it; the last gives the embedding."""
+        facts = self.runtime.facts
+        piece = running.next_tokens(min(facts.max_logit_rows, facts.max_step_tokens))
+        assert running.handle is not None
+        try:
+            hidden = self.runtime.embed(running.handle, piece)
+        except (OutOfCells, StepFailed) as error:
+            self._events += self._end(running, "failed", "stop", error)
+            return
+        total = running.hidden_sum
+        running.hidden_sum = [a + b for a, b in zip(total, hidden, strict=True)] if total else hidden
+        running.num_computed += len(piece)
+        if running.prompt_left:
+            self._events.append((running.key, Prefilled(running.num_computed, len(running.prompt))))
+            return
+        norm = math.sqrt(math.fsum(x * x for x in running.hidden_sum))
+        if not math.isfinite(norm) or norm == 0.0:
+            error = StepFailed("the model produced numbers that are not finite; is the file damaged?")
+            self._events += self._end(running, "failed", "stop", error)
+            return
+        vector = tuple(x / norm for x in running.hidden_sum)
+        self._events.append((running.key, Embedded(vector)))
+        self._events += self._end(running, "finished", "stop")
 
     def _tune(self, tuner: Tuner, step: Step, chosen: list[tuple[RunningRequest, int]]) -> Step:
         """Set the threads the step is to have, and return it with the padding it is to have."""
@@ -349,6 +419,7 @@ class Engine:
             self._waiting.remove(running)
         else:
             self._running.remove(running)
+            self._num_embedding -= running.request.embedding
         running.read(self.runtime.tokenizer)
         running.untold += running.detokenizer.finish()
         events: Events = running.take_untold()
@@ -358,7 +429,8 @@ class Engine:
             running.sampler = None
         if running.handle is not None:
             handle, running.handle = running.handle, None
-            if running.num_computed and outcome != "failed":
+            keep = running.num_computed and outcome != "failed" and not running.request.embedding
+            if keep:
                 self._idle.append(LiveSequence(handle, running.tokens[: running.num_computed]))
             else:
                 self.runtime.free(handle)
@@ -402,11 +474,16 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_running:
-            running = self._waiting.pop(0)
+            running = self._next_waiting()
+            if running is None:
+                return
+            self._waiting.remove(running)
             running.admitted = time.perf_counter()
+            self._num_embedding += running.request.embedding
             try:
                 self._place(running)
-                running.sampler = self._make_sampler(running)
+                if not running.request.embedding:
+                    running.sampler = self._make_sampler(running)
             except (EdgeInferError, ValueError) as error:
                 failure = error if isinstance(error, EdgeInferError) else EdgeInferError(str(error))
                 self._running.append(running)
@@ -414,6 +491,33 @@ class Engine:
                 continue
             self._running.append(running)
             self._events.append((running.key, Started(len(running.prompt), running.num_cached)))
+
+    def _next_waiting(self) -> RunningRequest | None:
+        """Who is admitted next: of those who ask, the one with least running; of its requests, the
+        oldest. None if each had better wait."""
+        has_running = Counter(running.request.asked_by for running in self._running)
+        order = sorted(self._waiting, key=lambda waiting: has_running[waiting.request.asked_by])
+        return next((waiting for waiting in order if not self._will_be_shared(waiting)), None)
+
+    def _will_be_shared(self, waiting: RunningRequest) -> bool:
+        """Whether somebody is just reading what this prompt begins with: then it waits for that and
+        forks it, and it is read once. (Several answers to one prompt come at once, as do several
+        chats with one system prompt.)"""
+        facts = self.runtime.facts
+        if waiting.request.embedding or not facts.can.fork or facts.kv_layout != "shared":
+            return False
+        limit = len(waiting.prompt) - 1
+        for running in self._running:
+            if running.request.embedding or not running.prompt_left:
+                continue
+            shared = min(common_length(running.tokens, list(waiting.prompt)), limit)
+            shared -= shared % facts.stable_chunk_tokens
+            if shared - running.num_computed < MIN_FORK_TOKENS:
+                continue
+            _, idle_length = self._best_idle(waiting.prompt, limit)
+            if max(idle_length, self.prefixes.match(waiting.prompt[:limit]).num_tokens) < shared:
+                return True
+        return False
 
     def _make_sampler(self, running: RunningRequest) -> Sampler:
         params = running.request.sampling
@@ -429,6 +533,11 @@ class Engine:
 
         Idle conversations leave the KV cache for host memory: masked cells cost every step.
         """
+        if running.request.embedding:  # needs the hidden states of all its tokens
+            for idle in list(self._idle):
+                self._release(idle)
+            running.handle = self.runtime.open()
+            return
         limit = len(running.prompt) - 1  # the last token is run again for its logits
         live, live_length = self._best_idle(running.prompt, limit)
         twin, twin_length = self._best_running(running.prompt, limit)
@@ -474,6 +583,8 @@ class Engine:
         if not self.runtime.facts.can.fork or self.runtime.facts.kv_layout != "shared":
             return best, length
         for running in self._running:
+            if running.request.embedding:
+                continue
             computed = running.tokens[: running.num_computed]
             shared = min(common_length(computed, list(prompt)), limit)
             shared -= shared % self.runtime.facts.stable_chunk_tokens  # see RuntimeFacts

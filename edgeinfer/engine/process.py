@@ -19,7 +19,7 @@ from typing import Any
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
 from edgeinfer.engine.wire import event_from_wire, receive, request_to_wire, send
-from edgeinfer.errors import WorkerDied, error_from_wire
+from edgeinfer.errors import RequestFailed, WorkerDied, error_from_wire
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer_models.config import ModelConfig
 from edgeinfer_models.model_files import ModelFiles
@@ -64,8 +64,8 @@ class EngineProcess:
         self._closing = False
         self._write_lock = threading.Lock()
         self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-        self._counts: dict[int, SimpleQueue[int | None]] = {}
-        self._count_keys = count()
+        self._asked: dict[int, SimpleQueue[dict[str, Any] | None]] = {}
+        self._ask_keys = count()
         self._load_ids = count()
         self._progress: Callable[[float], None] | None = None
         self._last_words: deque[str] = deque(maxlen=30)
@@ -150,16 +150,20 @@ class EngineProcess:
     def cancel(self, key: int) -> None:
         self._send({"cmd": "cancel", "key": key})
 
-    def count_tokens(self, prompt: str) -> int:
-        key = next(self._count_keys)
-        reply: SimpleQueue[int | None] = SimpleQueue()
-        self._counts[key] = reply
-        self._send({"cmd": "count", "key": key, "prompt": prompt})
-        counted = reply.get() if self.is_alive else None
-        self._counts.pop(key, None)
-        if counted is None:
-            raise self.epitaph("while it counted tokens")
-        return counted
+    def ask(self, what: str, **about: Any) -> dict[str, Any]:
+        """A question that the worker answers at once, whatever runs (worker.py: `_answer`). Blocks.
+        Raises RequestFailed with its reason, WorkerDied."""
+        key = next(self._ask_keys)
+        reply: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._asked[key] = reply
+        self._send({"cmd": "ask", "key": key, "what": what, **about})
+        answer = reply.get() if self.is_alive else None
+        self._asked.pop(key, None)
+        if answer is None:
+            raise self.epitaph("while it was asked something")
+        if "error" in answer:
+            raise RequestFailed(answer["error"])
+        return answer
 
     def unload(self) -> None:
         self._send({"cmd": "unload"})
@@ -226,10 +230,10 @@ class EngineProcess:
             elif kind == "progress":
                 if self._progress is not None:
                     self._progress(message["fraction"])
-            elif kind == "counted":
-                waiting = self._counts.get(message["key"])
+            elif kind == "answer":
+                waiting = self._asked.get(message["key"])
                 if waiting is not None:
-                    waiting.put(message["tokens"])
+                    waiting.put(message)
             else:
                 self._replies.put(message)
         if not self._closing and self.is_alive:
@@ -238,7 +242,7 @@ class EngineProcess:
             if self.is_alive:  # it sent garbage: not to be trusted any more
                 self._process.kill()
         self._replies.put(None)
-        for waiting in list(self._counts.values()):
+        for waiting in list(self._asked.values()):
             waiting.put(None)
         if not self._closing:
             error = self.epitaph()

@@ -48,6 +48,8 @@ class Request:
     overflow: Overflow = "error"
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
+    asked_by: str = ""  # who asks: of several who wait, those who have least running come first
 
     def __post_init__(self) -> None:
         given = [x is not None for x in (self.messages, self.prompt, self.tokens)]
@@ -132,8 +134,27 @@ class RunStats:
 
 
 @dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing, for whoever watches it. Counts since the model was loaded."""
+
+    running: int
+    waiting: int
+    cells: int  # of the KV cache
+    used_cells: int  # live conversations, idle ones included
+    cache_bytes: int  # of the prompt cache in host memory
+    cache_capacity_bytes: int
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request can be answered: its prompt was read and fits. It waits for its turn, if it must."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class Started:
-    """The prompt was accepted: its tokens, and how many of them need no prefill."""
+    """The request has its turn: the prompt's tokens, and how many of them need no prefill."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -158,6 +179,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """What an embedding request asked for: shape (embedding_size,), mean-pooled, L2-normalized."""
+
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Ended:
     """The last event of every request, exactly once."""
 
@@ -167,4 +195,4 @@ class Ended:
     error: str = ""
 
 
-Event = Started | Prefilled | Text | Ended
+Event = Queued | Started | Prefilled | Text | Embedded | Ended

@@ -39,6 +39,7 @@ class RunningRequest:
     first_token: float = 0.0
     last_token: float = 0.0
     evicted: int = 0
+    hidden_sum: list[float] = field(default_factory=list)  # of an embedding's tokens so far
     warnings: list[str] = field(default_factory=list)
     _decode_token: list[int] = field(default_factory=lambda: [0])
     _decode_step: Step | None = None

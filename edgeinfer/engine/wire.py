@@ -14,10 +14,12 @@ from typing import IO, Any
 
 from edgeinfer.engine.request import (
     CacheStats,
+    Embedded,
     Ended,
     Event,
     KvStats,
     Prefilled,
+    Queued,
     Request,
     RunStats,
     SpeculationStats,
@@ -87,6 +89,8 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "ignore_eos": request.ignore_eos,
         "logprobs": request.logprobs,
         "overflow": request.overflow,
+        "embedding": request.embedding,
+        "asked_by": request.asked_by,
     }
 
 
@@ -103,6 +107,8 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         ignore_eos=data["ignore_eos"],
         logprobs=data["logprobs"],
         overflow=data["overflow"],
+        embedding=data["embedding"],
+        asked_by=data["asked_by"],
     )
 
 
@@ -118,10 +124,14 @@ def event_to_wire(event: Event) -> dict[str, Any]:
         if event.logprobs:
             wire["logprobs"] = [asdict(logprob) for logprob in event.logprobs]
         return wire
+    if isinstance(event, Queued):
+        return {"kind": "queued", **asdict(event)}
     if isinstance(event, Started):
         return {"kind": "started", **asdict(event)}
     if isinstance(event, Prefilled):
         return {"kind": "prefilled", **asdict(event)}
+    if isinstance(event, Embedded):
+        return {"kind": "embedded", "vector": event.vector}
     return {"kind": "ended", **asdict(event)}
 
 
@@ -138,10 +148,14 @@ def event_from_wire(data: Mapping[str, Any]) -> Event:
             for item in data.get("logprobs", ())
         )
         return Text(data["text"], data["n"], logprobs)
+    if kind == "queued":
+        return Queued(data["prompt_tokens"])
     if kind == "started":
         return Started(data["prompt_tokens"], data["cached_tokens"])
     if kind == "prefilled":
         return Prefilled(data["done"], data["total"])
+    if kind == "embedded":
+        return Embedded(tuple(data["vector"]))
     return Ended(data["outcome"], _stats(data["stats"]), data["error_type"], data["error"])
 
 

@@ -31,6 +31,7 @@ from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
+from edgeinfer.engine.request import Queued
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
@@ -43,7 +44,7 @@ PROGRESS_INTERVAL_S = 0.03
 # may be running on, and thirty a second look as smooth as two hundred.
 TELL_INTERVAL_S = 1 / 30
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
-NOT_QUEUED = ("count", "cancel_load")  # commands that the intake thread obeys itself
+NOT_QUEUED = ("ask", "cancel_load")  # commands that the intake thread obeys itself
 
 
 class Worker:
@@ -246,12 +247,11 @@ class Worker:
             try:
                 command["request"] = request_from_wire(command["request"])
                 command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
+                self._tell_queued(command)
             except (EdgeInferError, ValueError, KeyError, TypeError) as error:
                 command["error"] = str(error)
-        elif kind == "count":
-            engine = self._engine
-            tokens = [] if engine is None else self._tokenize(command["prompt"], None)
-            self._send({"ev": "counted", "key": command["key"], "tokens": len(tokens)})
+        elif kind == "ask":
+            self._send({"ev": "answer", "key": command["key"], **self._answer(command)})
             return
         elif kind == "cancel_load":
             self._load_cancelled = True
@@ -265,6 +265,35 @@ class Worker:
         )
         if ends_step and engine is not None and engine.runtime.facts.can.abort:
             engine.runtime.abort()
+
+    def _tell_queued(self, command: Mapping[str, Any]) -> None:
+        """Told from here: the main thread may be in a long step, and whoever asks wants to know."""
+        engine, tokens = self._engine, command["tokens"]
+        if engine is not None and engine.refusal(command["request"], tokens) is None:
+            self._tell([(command["key"], Queued(len(tokens)))])
+
+    def _answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What a question is answered with: its reply's fields, `error` among them if there is none."""
+        engine, what = self._engine, question["what"]
+        if engine is None:
+            return {"error": "no model is loaded"}
+        tokenizer = engine.runtime.tokenizer
+        if what == "count":
+            return {"tokens": len(self._tokenize(question["prompt"], None))}
+        if what == "tokenize":
+            tokens = tokenizer.encode(
+                question["text"],
+                add_special=question["add_special"],
+                parse_special=question["parse_special"],
+            )
+            return {"tokens": tokens, "texts": [tokenizer.text(token) for token in tokens]}
+        if what == "detokenize":
+            tokens = question["tokens"]
+            wrong = next((t for t in tokens if not 0 <= t < tokenizer.vocab_size), None)
+            if wrong is not None:
+                return {"error": f"token {wrong} is outside the vocabulary of {tokenizer.vocab_size}"}
+            return {"text": tokenizer.decode(tokens)}
+        return {"status": asdict(engine.status())}
 
     def _tokenize(self, prompt: str | None, tokens: Iterable[int] | None) -> list[int]:
         if tokens is not None:

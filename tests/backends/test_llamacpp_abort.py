@@ -54,7 +54,8 @@ def test_an_abort_after_a_step_ends_nothing(runtime: Runtime) -> None:
     sequence = runtime.open()
     runtime.forward(Step((SequenceStep(sequence, (7,) * 100),)))
     runtime.abort()
-    assert len(runtime.embed((5, 6, 7))) == runtime.facts.embedding_size
+    other = runtime.open()
+    assert len(runtime.embed(other, (5, 6, 7))) == runtime.facts.embedding_size
     runtime.abort()
     runtime.forward(Step((SequenceStep(sequence, (7,)),)))
     assert runtime.length(sequence) == 101

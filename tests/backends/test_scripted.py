@@ -275,7 +275,7 @@ def test_a_script_can_do_without_a_capability(name: str) -> None:
         "snapshot": lambda: runtime.snapshot(sequence, 0, 1),
         "fork": lambda: runtime.fork(sequence, 1),
         "rewind": lambda: runtime.rewind(sequence, 1),
-        "embeddings": lambda: runtime.embed([1]),
+        "embeddings": lambda: runtime.embed(sequence, [1]),
         "abort": runtime.abort,
         "token_masks": lambda: runtime.sample(
             row, runtime.create_sampler(SamplingParams(), 1), b"\xff" * 50

@@ -15,17 +15,26 @@ import psutil
 import pytest
 
 from edgeinfer.client import (
+    Embedded,
     Ended,
     Event,
     LocalClient,
     Message,
     OpenOptions,
     Prefilled,
+    Queued,
     Request,
     Text,
     local,
 )
-from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, TemplateError, UsageError
+from edgeinfer.errors import (
+    EdgeInferError,
+    LoadFailed,
+    PromptTooLong,
+    RequestFailed,
+    TemplateError,
+    UsageError,
+)
 from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.chat_template import TemplateRenderer
@@ -322,3 +331,83 @@ def test_logprobs_and_seed_come_through(make_client: ClientMaker) -> None:
 def test_absurd_options_are_refused_before_anything_starts(options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="outside"):
         OpenOptions(backend="scripted", **options)  # type: ignore[arg-type]
+
+
+# -- questions beside answers ----------------------------------------------------------------------
+
+
+def test_text_becomes_tokens_and_tokens_become_text(make_client: ClientMaker) -> None:
+    client = make_client()
+    found = client.tokenize("naïve <|im_end|>")
+    assert client.detokenize([token.id for token in found]) == "naïve <|im_end|>"
+    special = client.tokenize("<|im_end|>", parse_special=True)
+    assert len(special) == 1
+    assert special[0].text == "<|im_end|>"
+
+
+def test_a_token_outside_the_vocabulary_is_refused(make_client: ClientMaker) -> None:
+    client = make_client()
+    with pytest.raises(RequestFailed, match="outside the vocabulary"):
+        client.detokenize([10**8])
+    assert client.detokenize([]) == ""
+
+
+def test_a_request_is_known_to_be_answerable_while_another_runs(make_client: ClientMaker) -> None:
+    client = make_client({"answers": {"*": "x" * 200}, "step_s": 0.05})
+    first = client.start(asked("a", max_tokens=100))
+    next(event for event in first.events() if isinstance(event, Text))
+    second = client.start(asked("b", max_tokens=1))
+    event = next(second.events())
+    assert isinstance(event, Queued)
+    assert event.prompt_tokens > 0
+    first.cancel()
+    assert second.result().outcome == "finished"
+
+
+def test_the_status_counts_what_runs(make_client: ClientMaker) -> None:
+    client = make_client({"answers": {"*": "x" * 500}, "step_s": 0.02})
+    assert client.status() is None
+    client.load()
+    assert client.status() is not None
+    running = client.start(asked("a", max_tokens=400))
+    next(event for event in running.events() if isinstance(event, Text))
+    status = client.status()
+    assert status is not None
+    assert (status.running, status.waiting) == (1, 0)
+    assert 0 < status.used_cells < status.cells
+    running.cancel()
+    running.result()
+
+
+def test_an_unloaded_model_is_loaded_by_the_next_request(make_client: ClientMaker) -> None:
+    client = make_client()
+    client.load()
+    pid = client.worker_pid
+    assert pid is not None
+    assert client.unload()
+    assert not psutil.pid_exists(pid)
+    assert client.info is None
+    assert not client.unload()
+    assert client.start(asked("hi")).text() == "Hello there."
+    assert client.worker_pid != pid
+
+
+def test_a_model_in_use_is_not_unloaded(make_client: ClientMaker) -> None:
+    client = make_client({"answers": {"*": "x" * 500}, "step_s": 0.02})
+    client.load()
+    running = client.start(asked("a", max_tokens=400))
+    next(event for event in running.events() if isinstance(event, Text))
+    assert not client.unload()
+    running.cancel()
+    assert running.result().outcome == "cancelled"
+    assert client.unload()
+
+
+def test_an_embedding_comes_as_an_event(make_client: ClientMaker) -> None:
+    client = make_client()
+    events = list(client.start(Request(prompt="some text", embedding=True)).events())
+    vectors = [event.vector for event in events if isinstance(event, Embedded)]
+    assert len(vectors) == 1
+    assert sum(x * x for x in vectors[0]) == pytest.approx(1.0)
+    assert isinstance(events[-1], Ended)
+    assert events[-1].outcome == "finished"

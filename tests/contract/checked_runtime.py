@@ -62,9 +62,9 @@ class CheckedRuntime(Runtime):
     def set_threads(self, threads: int, threads_batch: int) -> None:
         self.inner.set_threads(threads, threads_batch)
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
+    def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
         with self:
-            return self.inner.embed(tokens)
+            return self.inner.embed(sequence, tokens)
 
     def open(self) -> int:
         with self:

@@ -213,24 +213,44 @@ def test_half_a_character_becomes_a_replacement_character(runtime: CheckedRuntim
 # -- embeddings ------------------------------------------------------------------------------------
 
 
-def test_an_embedding_is_a_unit_vector_that_repeats(runtime: CheckedRuntime) -> None:
+def embedded(runtime: CheckedRuntime, tokens: list[int], chunk: int = 512) -> list[float]:
+    """The hidden states' sum of a text in a sequence of its own."""
+    sequence = runtime.open()
+    parts = [runtime.embed(sequence, tokens[i : i + chunk]) for i in range(0, len(tokens), chunk)]
+    assert runtime.length(sequence) == len(tokens)
+    runtime.free(sequence)
+    return [sum(values) for values in zip(*parts, strict=True)]
+
+
+def test_an_embedding_repeats_and_depends_on_the_text(runtime: CheckedRuntime) -> None:
     require(runtime, "embeddings")
     tokens = some_tokens(runtime, 20)
-    vector = runtime.embed(tokens)
+    vector = embedded(runtime, tokens)
     assert len(vector) == runtime.facts.embedding_size
-    assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-4)
-    assert runtime.embed(tokens) == vector
-    assert runtime.embed(tokens[:1]) != vector
-    other = runtime.embed(some_tokens(runtime, 20, seed=1))
-    assert other != vector
-    assert runtime.embed(tokens) == vector
+    assert np.linalg.norm(vector) > 0
+    assert embedded(runtime, tokens[:1]) != vector
+    assert embedded(runtime, some_tokens(runtime, 20, seed=1)) != vector
+    assert embedded(runtime, tokens) == vector
 
 
-def test_embedding_leaves_the_sequences_as_they_were(runtime: CheckedRuntime) -> None:
+def test_an_embedding_does_not_depend_on_how_the_text_is_cut(runtime: CheckedRuntime) -> None:
+    require(runtime, "embeddings")
+    tokens = some_tokens(runtime, 40)
+    whole = embedded(runtime, tokens)
+    assert embedded(runtime, tokens, chunk=7) == pytest.approx(whole, rel=1e-3, abs=1e-3)
+
+
+def test_embedding_appends_to_its_sequence_and_leaves_the_others(runtime: CheckedRuntime) -> None:
     require(runtime, "embeddings")
     sequence = opened(runtime, some_tokens(runtime, CHUNK))
+    text = some_tokens(runtime, 10, seed=1)
+    plain = opened(runtime, text)
+    expected = probe(runtime, plain)
+    runtime.free(plain)
+    other = runtime.open()
     with unchanged(runtime, sequence):
-        runtime.embed(some_tokens(runtime, 30))
+        runtime.embed(other, text)
+    assert is_same(probe(runtime, other), expected)
     feed(runtime, sequence, some_tokens(runtime, 3))
     assert runtime.is_in_order(sequence)
 
@@ -241,9 +261,11 @@ def test_what_cannot_be_embedded_is_refused(runtime: CheckedRuntime) -> None:
     with unchanged(runtime, sequence):
         for tokens in ([], [-1], [runtime.facts.vocab_size]):
             with pytest.raises(ValueError):
-                runtime.embed(tokens)
+                runtime.embed(sequence, tokens)
         with pytest.raises((ValueError, OutOfCells)):
-            runtime.embed([1] * (runtime.facts.cells + 1))
+            runtime.embed(sequence, [1] * (runtime.facts.cells + 1))
+        with pytest.raises(ValueError):
+            runtime.embed(sequence + 1000, [1])
 
 
 # -- threads ---------------------------------------------------------------------------------------

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from edgeinfer.client import Client, Ended, Event, Generation, ModelInfo, Request, RunStats, Text
+from edgeinfer.client import (
+    Client,
+    Ended,
+    Event,
+    Generation,
+    ModelInfo,
+    Request,
+    RunStats,
+    Text,
+    Token,
+)
 from edgeinfer.client.client import LoadProgress
 from edgeinfer.engine.request import Usage
 from edgeinfer.errors import MeasureFailed, PromptTooLong
@@ -69,6 +79,14 @@ class OneEnd(Client):
     @property
     def info(self) -> ModelInfo | None:
         return None
+
+    def tokenize(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False
+    ) -> tuple[Token, ...]:
+        raise NotImplementedError
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        raise NotImplementedError
 
     def count_tokens(self, request: Request) -> int:
         raise NotImplementedError

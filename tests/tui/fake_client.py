@@ -19,6 +19,7 @@ from edgeinfer.client import (
     RunStats,
     Started,
     Text,
+    Token,
 )
 from edgeinfer.engine.request import KvStats, Timings, Usage
 from edgeinfer.errors import EdgeInferError, LoadFailed
@@ -121,6 +122,14 @@ class FakeClient(Client):
         self._threads.append(thread)
         thread.start()
         return generation
+
+    def tokenize(
+        self, text: str, *, add_special: bool = False, parse_special: bool = False
+    ) -> tuple[Token, ...]:
+        raise NotImplementedError
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        raise NotImplementedError
 
     def count_tokens(self, request: Request) -> int:
         return 40

@@ -41,6 +41,9 @@ from edgeinfer_backends.llamacpp.vocabulary import LlamaTokenizer
 from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edgeinfer.backend import Logits
 
 # llama.cpp's flash attention takes its tiled kernel from this many rows on, and its tiles are as many
@@ -412,38 +415,43 @@ class LlamaCppRuntime(Runtime):
         self._lib.llama_set_n_threads(self._ctx, threads, threads_batch)
         self._facts = replace(self._facts, threads=threads, threads_batch=threads_batch)
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
+    def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
         np, lib = self._np, self._lib
-        if not tokens or min(tokens) < 0 or max(tokens) >= self._vocab_size:
-            raise ValueError("an embedding needs tokens of the vocabulary")
+        starts, _, _ = self._check_step(Step([SequenceStep(sequence, tokens, "none")]))
+        assert starts == [0]
         self._make_room(len(tokens))
-        total = np.zeros(self._embedding_size, dtype=np.float64)
-        chunk = self._facts.max_logit_rows  # with embeddings on, every row is an output
         self._row_to_batch = []
         self._clear_abort()
+        total = np.zeros(self._embedding_size, dtype=np.float64)
+        length = self._table.length(sequence)
+        chunk = self._facts.max_logit_rows  # with embeddings on, every row is an output
         lib.llama_set_embeddings(self._ctx, True)
         try:
             for begin in range(0, len(tokens), chunk):
-                part = tokens[begin : begin + chunk]
-                for index, token in enumerate(part):
-                    self._batch_tokens[index] = token
-                    self._batch_pos[index] = begin + index
-                    self._batch_logits[index] = 1
-                    self._batch_seq[index][0] = self._scratch
-                code = self._decode(len(part))
-                if code != 0:
-                    raise StepFailed(f"llama.cpp failed on an embedding (code {code})")
-                for index in range(len(part)):
-                    # LLAMA_API float * llama_get_embeddings_ith(struct llama_context * ctx, int32_t i)
-                    pointer = lib.llama_get_embeddings_ith(self._ctx, index)
-                    if not pointer:
-                        raise StepFailed("llama.cpp gives no embeddings for this model")
-                    total += np.ctypeslib.as_array(pointer, (self._embedding_size,))
+                self._embed_rows(sequence, tokens[begin : begin + chunk], total)
+        except BaseException:
+            self._drop(sequence, length, self._table.length(sequence))
+            raise
         finally:
             lib.llama_set_embeddings(self._ctx, False)
-            lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-        norm = float(np.linalg.norm(total))
-        return [float(x) for x in (total / norm if norm else total)]
+        return [float(x) for x in total]
+
+    def _embed_rows(
+        self, sequence: int, tokens: Sequence[int], total: npt.NDArray[np.float64]
+    ) -> None:
+        """One step of `embed`, its hidden states added to `total`."""
+        np, count = self._np, len(tokens)
+        self._fill(Step([SequenceStep(sequence, tokens, "all")]), 0)
+        code = self._decode(count)
+        if code != 0:
+            self._fail_step(code, count)
+        self._table.append(sequence, count)
+        for index in range(count):
+            # LLAMA_API float * llama_get_embeddings_ith(struct llama_context * ctx, int32_t i)
+            pointer = self._lib.llama_get_embeddings_ith(self._ctx, index)
+            if not pointer:
+                raise StepFailed("llama.cpp gives no embeddings for this model")
+            total += np.ctypeslib.as_array(pointer, (self._embedding_size,))
 
     # -- sequences -------------------------------------------------------------------------------
 

@@ -311,28 +311,23 @@ class MlxRuntime(Runtime):
         if threads < 0 or threads_batch < 0:
             raise ValueError("thread counts must be at least 1, or 0 for those of the load")
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
+    def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
         import mlx.core as mx
         import numpy as np
 
-        self._check_open()
-        self._check_tokens(tokens)
-        if len(tokens) > self._facts.context:
-            raise ValueError(f"{len(tokens)} tokens do not fit into {self._facts.context} of context")
+        part = SequenceStep(sequence, tokens, "none")
+        self._check_step(Step([part]))
+        self._check_room(Step([part]))
         self._rows = None
-        total = np.zeros(self._facts.embedding_size, dtype=np.float64)
-        chunk = self._facts.max_step_tokens
+        cache = self._sequences[sequence]
         with self._mapped("an embedding"):
-            cache = SequenceCache(self._model.num_layers, self._type_k, self._type_v)
-            for begin in range(0, len(tokens), chunk):
-                layers = cache.step()
-                hidden = self._model.hidden(tokens[begin : begin + chunk], layers)
-                staged = _staged(layers)
-                mx.eval(hidden, staged)
-                cache.commit(staged)
-                total += np.array(hidden.astype(mx.float32)).sum(axis=0, dtype=np.float64)
-        norm = float(np.linalg.norm(total))
-        return [float(x) for x in (total / norm if norm else total)]
+            layers = cache.step()
+            hidden = self._model.hidden(tokens, layers)
+            staged = _staged(layers)
+            mx.eval(hidden, staged)
+            total = np.array(hidden.astype(mx.float32)).sum(axis=0, dtype=np.float64)
+            self._commit([(cache, staged)])
+        return [float(x) for x in total]
 
     # -- sequences -------------------------------------------------------------------------------
 

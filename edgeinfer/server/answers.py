@@ -1,0 +1,90 @@
+"""Running requests seen from the event loop: their events in order, their end, their cancel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+
+from edgeinfer.client import Client, Ended, Event, Request
+from edgeinfer.errors import EdgeInferError, RequestFailed, error_from_wire
+
+Watch = Callable[[int, Event], None]
+
+
+class Answers:
+    """One or more requests that one HTTP request asks for. Made and read in the event loop; events come
+    from the client's thread.
+
+    watch(index, event): called in that thread for every event, before the reader sees it.
+    """
+
+    def __init__(self, client: Client, requests: Sequence[Request], watch: Watch) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._watch = watch
+        self._arrived: deque[tuple[int, Event]] = deque()
+        self._wake = asyncio.Event()
+        self._is_woken = False
+        self._heard = [False] * len(requests)  # whether anything came of it yet
+        self._left = len(requests)
+        self.is_cancelled = False
+        self._generations = [
+            client.start(request, partial(self._on_event, index))
+            for index, request in enumerate(requests)
+        ]
+
+    def _on_event(self, index: int, event: Event) -> None:
+        self._watch(index, event)
+        self._arrived.append((index, event))
+        if not self._is_woken:
+            self._is_woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._wake.set)
+            except RuntimeError:  # the loop has ended, and nobody reads any more
+                return
+
+    def cancel(self) -> None:
+        """Ask for the end of all; `events` goes on to it."""
+        self.is_cancelled = True
+        for generation in self._generations:
+            generation.cancel()
+
+    async def accepted(self, timeout_s: float) -> None:
+        """Wait until each request is known to be answerable, or `timeout_s` is over. Raises the error of
+        one that was refused; the others are cancelled."""
+        deadline = self._loop.time() + timeout_s
+        while True:
+            for index, event in self._arrived:
+                self._heard[index] = True
+                if isinstance(event, Ended) and event.outcome == "failed":
+                    self.cancel()
+                    raise failure(event)
+            if all(self._heard):
+                return
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._wait()
+            except TimeoutError:
+                return
+
+    async def events(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        """(index, event) as they come, several at once when they came together; ends with the last
+        `Ended`. One reader at a time; another may take over where it stopped."""
+        while self._left:
+            while not self._arrived:
+                await self._wait()
+            batch = []
+            while self._arrived:
+                batch.append(self._arrived.popleft())
+            self._left -= sum(isinstance(event, Ended) for _, event in batch)
+            yield batch
+
+    async def _wait(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+        self._is_woken = False  # before what arrived is looked at: what comes after wakes again
+
+
+def failure(event: Ended) -> EdgeInferError:
+    return error_from_wire(event.error_type or RequestFailed.__name__, event.error)

@@ -1,0 +1,223 @@
+"""The endpoint's routes. What surrounds them (hosts, origins, keys, limits) is in guard.py."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from edgeinfer import __version__
+from edgeinfer.errors import EdgeInferError, one_line
+from edgeinfer.server import metrics, reading
+from edgeinfer.server.answers import Answers
+from edgeinfer.server.chat import ChatJob
+from edgeinfer.server.completions import CompletionJob
+from edgeinfer.server.disconnect import unless_gone
+from edgeinfer.server.embeddings import EmbeddingJob
+from edgeinfer.server.errors import ApiError, api_error, error_body
+from edgeinfer.server.openai_replies import model_object
+from edgeinfer.server.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from edgeinfer.server.service import Service
+from edgeinfer.server.sse import EventStream
+
+log = logging.getLogger("edgeinfer.server")
+
+
+def create_app(service: Service, on_close: Callable[[], None] = lambda: None) -> FastAPI:
+    """on_close: called when the server has stopped taking requests, before it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        rest = asyncio.create_task(service.rest_when_idle())
+        try:
+            yield
+        finally:
+            rest.cancel()
+            with suppress(asyncio.CancelledError):
+                await rest
+            await asyncio.to_thread(on_close)
+
+    app = FastAPI(
+        title="edgeinfer",
+        version=__version__,
+        lifespan=lifespan,
+        strict_content_type=False,  # curl -d says it sends a form
+        redoc_url=None,
+    )
+    _add_error_replies(app)
+    _add_openai(app, service)
+    _add_tokens(app, service)
+    _add_status(app, service)
+    return app
+
+
+# -- OpenAI ----------------------------------------------------------------------------------------
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", tags=["OpenAI"], response_model=None)
+    async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response | EventStream:
+        """An answer to a conversation, whole or as server-sent events."""
+        service.check_model(body.model)
+        job = ChatJob(service, body, asked_by(http, body.user))
+        answers = service.start("chat", job.requests)
+        return await _reply(http, service, answers, job, bool(body.stream))
+
+    @app.post("/v1/completions", tags=["OpenAI"], response_model=None)
+    async def completions(http: HttpRequest, body: CompletionRequest) -> Response | EventStream:
+        """Text that goes on from a prompt, without a chat template."""
+        service.check_model(body.model)
+        job = CompletionJob(service, body, asked_by(http, body.user))
+        answers = service.start("completions", job.requests)
+        return await _reply(http, service, answers, job, bool(body.stream))
+
+    @app.post("/v1/embeddings", tags=["OpenAI"], response_model=None)
+    async def embeddings(http: HttpRequest, body: EmbeddingRequest) -> Response:
+        """Vectors of texts, mean-pooled over the model's last hidden states."""
+        service.check_model(body.model)
+        job = EmbeddingJob(service, body, asked_by(http, body.user))
+        some = max(1, service.settings.parallel)
+        for begin in range(0, len(job.requests), some):  # a long list is no reason to fill the queue
+            answers = service.start("embeddings", job.requests[begin : begin + some])
+            work = reading.read_all(answers, job.reader(begin), service.settings.timeout_s)
+            await unless_gone(http, answers.cancel, work)
+        return JSONResponse(job.whole())
+
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def models() -> dict[str, Any]:
+        """The models that can be asked."""
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        service.check_model(name)
+        return _model(service)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    info = service.info
+    return model_object(service.name, service.created, info.context if info else None)
+
+
+async def _reply(
+    http: HttpRequest, service: Service, answers: Answers, job: ChatJob | CompletionJob, streams: bool
+) -> Response | EventStream:
+    settings = service.settings
+    if streams:
+        await unless_gone(http, answers.cancel, answers.accepted(settings.accept_s))
+        chunks = reading.stream(answers, job, settings.timeout_s)
+        return EventStream(chunks, answers.cancel, settings.ping_s)
+    await unless_gone(http, answers.cancel, reading.read_all(answers, job.read, settings.timeout_s))
+    return JSONResponse(job.whole())
+
+
+def asked_by(http: HttpRequest, user: str | None) -> str:
+    """Who asks, for fairness between them: a program at an address with a key, and its user."""
+    headers = http.headers
+    words = (
+        http.client.host if http.client else "",
+        headers.get("authorization", headers.get("x-api-key", "")),
+        headers.get("user-agent", ""),
+        user or "",
+    )
+    return hashlib.blake2b("\0".join(words).encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/tokenize", tags=["Tokens"])
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """A text's tokens, as the model would read it."""
+        service.check_model(body.model)
+        found = await run_in_threadpool(
+            service.client.tokenize,
+            body.text,
+            add_special=body.add_special,
+            parse_special=body.parse_special,
+        )
+        return {"tokens": [one.id for one in found], "texts": [one.text for one in found]}
+
+    @app.post("/v1/detokenize", tags=["Tokens"])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of tokens."""
+        service.check_model(body.model)
+        return {"text": await run_in_threadpool(service.client.detokenize, body.tokens)}
+
+
+# -- status ----------------------------------------------------------------------------------------
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["Status"])
+    async def health() -> dict[str, Any]:
+        """Whether the endpoint answers. A model that rests is loaded by the next request."""
+        return {
+            "status": "ok",
+            "model": service.name,
+            "loaded": service.info is not None,
+            "open_requests": service.num_open,
+        }
+
+    @app.get("/metrics", tags=["Status"], response_class=Response)
+    async def prometheus() -> Response:
+        """Figures for Prometheus."""
+        status = await run_in_threadpool(service.status)
+        return Response(service.metrics.page(status), media_type=metrics.CONTENT_TYPE)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def _add_error_replies(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api(_: HttpRequest, error: ApiError) -> Response:
+        return _error_reply(error)
+
+    @app.exception_handler(EdgeInferError)
+    async def ours(_: HttpRequest, error: EdgeInferError) -> Response:
+        return _error_reply(api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(_: HttpRequest, error: RequestValidationError) -> Response:
+        return _error_reply(_wrong_field(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: HttpRequest, error: HTTPException) -> Response:
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        said = one_line(str(error.detail))
+        if error.status_code == 404:
+            said = "there is no such route; /docs lists those there are"
+        return _error_reply(ApiError(error.status_code, said, kind, headers=dict(error.headers or {})))
+
+
+def _error_reply(error: ApiError) -> Response:
+    return JSONResponse(error_body(error), error.status, headers=dict(error.headers))
+
+
+def _wrong_field(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong, by its path."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    where = "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in path).lstrip(".")
+    said = one_line(str(first["msg"]), 300)
+    what = f"{where}: {said}" if where else f"the body is not what this route takes: {said}"
+    return ApiError(400, one_line(what), "invalid_request_error", param=where or None)

@@ -1,0 +1,150 @@
+"""The model behind the endpoint: who may ask it now, what became of each request, when it may rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeinfer.client import Client, Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
+from edgeinfer.sampling import SamplingParams
+from edgeinfer.server.answers import Answers
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.metrics import Metrics, RequestWatch
+
+log = logging.getLogger("edgeinfer.server")
+
+MOST_RETRY_S = 120
+IDLE_CHECK_S = 1.0
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """parallel: answers that run at once. queue: requests that may wait for them; more are told to come
+    again. timeout_s: longest that a request may take in all; 0: no end. idle_unload_s: after so long
+    without a request the model leaves memory; 0: never. accept_s: how long a stream's status waits for
+    its request to be found answerable, which takes milliseconds but when the model must be loaded."""
+
+    parallel: int = 4
+    queue: int = 64
+    timeout_s: float = 3600.0
+    idle_unload_s: float = 0.0
+    ping_s: float = 10.0
+    accept_s: float = 3.0
+
+
+class Service:
+    """One model. name: what the API calls it; aliases: what else it is found under.
+
+    sampling, max_tokens: for requests that do not say.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        settings: ServiceSettings,
+        *,
+        aliases: Sequence[str] = (),
+        sampling: SamplingParams | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.client = client
+        self.name = name
+        self.settings = settings
+        self.sampling = sampling or SamplingParams()
+        self.max_tokens = max_tokens
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self._names = {name, *aliases}
+        self._lock = threading.Lock()
+        self._num_open = 0  # requests that run or wait
+        self._answer_s = 1.0  # of an answer, lately
+        self._last_used = time.monotonic()
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self.client.info
+
+    def check_model(self, wanted: str | None) -> None:
+        """Raises ApiError for the name of a model that is not here."""
+        if wanted and wanted not in self._names:
+            raise ApiError(
+                404,
+                f"there is no model {wanted!r} here; this endpoint serves {self.name!r}",
+                "invalid_request_error",
+                param="model",
+                code="model_not_found",
+            )
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def start(self, route: str, requests: Sequence[Request]) -> Answers:
+        """Raises ApiError 429 where too many wait already."""
+        self._take(route, len(requests))
+        watches = [RequestWatch(self.metrics, route) for _ in requests]
+        begin = time.monotonic()
+
+        def watch(index: int, event: Event) -> None:
+            watches[index].see(event)
+            if isinstance(event, Ended):
+                self._give_back(time.monotonic() - begin)
+
+        return Answers(self.client, requests, watch)
+
+    def _take(self, route: str, count: int) -> None:
+        most = self.settings.parallel + self.settings.queue
+        if count > most:
+            raise ApiError(
+                400,
+                f"{count} answers at once; this endpoint runs and queues {most}",
+                "invalid_request_error",
+                param="n",
+            )
+        with self._lock:
+            if self._num_open + count <= most:
+                self._num_open += count
+                return
+            waiting = self._num_open + count - self.settings.parallel
+            turns = math.ceil(waiting / self.settings.parallel)
+            wait = min(MOST_RETRY_S, max(1, math.ceil(turns * self._answer_s / 2)))
+        self.metrics.refused.labels(route, "queue_full").inc()
+        raise ApiError(
+            429,
+            f"{most} requests run or wait already, which is the most here; try again in {wait} s,"
+            " or raise --queue or --parallel",
+            "rate_limit_error",
+            code="rate_limit_exceeded",
+            headers={"retry-after": str(wait)},
+        )
+
+    def _give_back(self, seconds: float) -> None:
+        with self._lock:
+            self._num_open -= 1
+            self._answer_s += 0.1 * (seconds - self._answer_s)
+            self._last_used = time.monotonic()
+
+    @property
+    def num_open(self) -> int:
+        return self._num_open
+
+    def status(self) -> EngineStatus | None:
+        """None while no model is loaded. May block for some milliseconds."""
+        return self.client.status() if isinstance(self.client, LocalClient) else None
+
+    # -- rest ------------------------------------------------------------------------------------
+
+    async def rest_when_idle(self) -> None:
+        """Runs as long as the endpoint: unloads the model when nobody asked for it for a while."""
+        limit = self.settings.idle_unload_s
+        client = self.client
+        while limit and isinstance(client, LocalClient):
+            await asyncio.sleep(min(IDLE_CHECK_S, limit / 4))
+            idle = time.monotonic() - self._last_used
+            if not self._num_open and idle >= limit and client.info is not None:
+                if await asyncio.to_thread(client.unload):
+                    log.info("%s left memory after %.0f s without a request", self.name, idle)

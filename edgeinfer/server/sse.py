@@ -1,0 +1,85 @@
+"""Server-sent events: headers at once, comment pings while nothing else comes, and an end when the
+reader goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the stream
+]
+
+
+def data(value: Any) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+class EventStream:
+    """An ASGI response that sends `chunks` as they come.
+
+    on_gone: called when the reader went away; `chunks` is expected to come to its end soon after it,
+    and is read to it, so that whatever makes them ends in order.
+    """
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], on_gone: Callable[[], None], ping_s: float = 10.0
+    ) -> None:
+        self._chunks = chunks
+        self._on_gone = on_gone
+        self._ping_s = ping_s
+        self._is_gone = False
+        self._sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._sent = loop.time()
+        watch = asyncio.create_task(self._watch(receive))
+        ping = asyncio.create_task(self._ping(send))
+        try:
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            # The head goes out with the first body; a prompt may take minutes to read.
+            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": True})
+            async for chunk in self._chunks:
+                self._sent = loop.time()
+                await self._send(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            for task in (watch, ping):
+                task.cancel()
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        if not self._is_gone:
+            try:
+                await send(message)
+            except OSError:
+                self._leave()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._is_gone:
+            self._is_gone = True
+            self._on_gone()
+
+    async def _ping(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while True:
+                await asyncio.sleep(max(0.05, self._sent + self._ping_s - loop.time()))
+                if loop.time() - self._sent >= self._ping_s and not self._is_gone:
+                    self._sent = loop.time()
+                    await send({"type": "http.response.body", "body": PING, "more_body": True})
