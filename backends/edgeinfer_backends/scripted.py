@@ -51,6 +51,7 @@ from edgeinfer.backend import (
     RuntimeFacts,
     RuntimeSettings,
     Sampler,
+    SequenceStep,
     Step,
     StepResult,
 )

@@ -84,6 +84,7 @@ def _switch(key: str, help_text: str, *also: str) -> Any:
 
 _MODEL, _SAMPLING, _ANSWER = "Model and memory", "Choosing tokens", "Answer"
 _MEASURE = "What is measured"
+_ENDPOINT = "Endpoint"
 
 Model = Annotated[
     str | None,
@@ -189,6 +190,70 @@ Repeat = Annotated[int, _option("repeat", "Samples of each figure.", "N", _MEASU
 Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.", "N", _MEASURE)]
 Plot = Annotated[
     str | None, _option("plot", "Draw the figures into a .svg or .png file.", "FILE", _MEASURE)
+]
+Host = Annotated[
+    str,
+    _option("host", "Address to listen at. Beyond this machine it needs an API key.", "HOST", _ENDPOINT),
+]
+Port = Annotated[int, _option("port", "Port to listen at; 0: any free one.", "N", _ENDPOINT)]
+ApiKey = Annotated[
+    str | None,
+    _option(
+        "api-key",
+        "What a client must send as its key. Better in a file or the variable: others see command lines.",
+        "KEY",
+        _ENDPOINT,
+    ),
+]
+ApiKeyFile = Annotated[
+    str | None, _option("api-key-file", "A file of keys, one a line; # begins a remark.", "FILE", _ENDPOINT)
+]
+NoApiKey = Annotated[
+    bool,
+    typer.Option(
+        "--no-api-key",
+        help="Listen beyond this machine without a key: everybody there may use it.",
+        rich_help_panel=_ENDPOINT,
+        show_default=False,
+        envvar="EDGEINFER_NO_API_KEY",
+        show_envvar=False,
+    ),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    _option(
+        "allow-origin",
+        "A web page's origin that may ask, beside local ones; may be given several times.",
+        "ORIGIN",
+        _ENDPOINT,
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    _option(
+        "allow-host",
+        "A name this machine is reached under, beside its own; may be given several times.",
+        "NAME",
+        _ENDPOINT,
+    ),
+]
+Parallel = Annotated[
+    int, _option("parallel", "Answers at once; each has a context of its own.", "N", _ENDPOINT)
+]
+Queue = Annotated[
+    int, _option("queue", "Requests that may wait; more are told to come again.", "N", _ENDPOINT)
+]
+Timeout = Annotated[
+    str, _option("timeout", "Longest that an answer may take, like 10m; never.", "TIME", _ENDPOINT)
+]
+IdleUnload = Annotated[
+    str,
+    _option(
+        "idle-unload",
+        "Free the model's memory after so long without a request, like 10m; the next loads it again.",
+        "TIME",
+        _ENDPOINT,
+    ),
 ]
 Raw = Annotated[bool, _switch("raw", "Send PROMPT as it is, without the chat template.")]
 Quiet = Annotated[bool, _switch("quiet", "Nothing on stderr but errors.", "-q")]

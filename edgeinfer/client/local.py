@@ -21,7 +21,7 @@ from edgeinfer.open import OpenOptions, OpenPlan, plan_open
 from edgeinfer_models.store import record_last_used
 
 if TYPE_CHECKING:
-    from edgeinfer_models.chat_template import TemplateRenderer
+    from edgeinfer_models.chat_template import TemplateRenderer, TemplateSource
 
 # Deaths without an answer in between, after which the worker is no longer restarted by itself.
 MAX_DEATHS_IN_A_ROW = 3
@@ -130,6 +130,16 @@ class LocalClient(Client):
     @property
     def info(self) -> ModelInfo | None:
         return self._info
+
+    @property
+    def spec(self) -> str:
+        """How a user names the model: a catalogue name, a hub name, a path; "" before a load."""
+        return self._plan.spec if self._plan else ""
+
+    @property
+    def template(self) -> TemplateSource | None:
+        """The model's chat template, once a load began."""
+        return self._plan.template if self._plan else None
 
     @property
     def worker_pid(self) -> int | None:
@@ -274,8 +284,8 @@ class LocalClient(Client):
                     ]
         pending.on_event(event)
 
-    def _on_refused(self, key: int, reason: str) -> None:
-        self._end(key, "failed", RequestFailed(reason))
+    def _on_refused(self, key: int, error: EdgeInferError) -> None:
+        self._end(key, "failed", error)
 
     def _on_death(self, process: EngineProcess, error: WorkerDied) -> None:
         with self._lock:

@@ -48,6 +48,7 @@ from edgeinfer.errors import (
     SnapshotRejected,
     StepAborted,
     StepFailed,
+    UsageError,
 )
 from edgeinfer.sampling import MAX_SEED
 
@@ -109,6 +110,7 @@ class Engine:
         self._tuner = tuner
         self._choice = Choice(0)
         self._shape = (0, 0, 0)  # of the last step: tokens, rows of logits, longest context
+        self._turns: dict[str, int] = {}  # of those who wait, by who asks: when each had one last
         self._num_embedding = 0  # of the running requests, those for an embedding
         self._last_was_embedding = False
 
@@ -150,12 +152,12 @@ class Engine:
                 f"{facts.backend} makes no embeddings; use a model that another backend runs"
             )
         if not tokens:
-            return EdgeInferError("the prompt is empty; say something")
+            return UsageError("the prompt is empty; say something")
         if len(tokens) >= facts.context:
             return PromptTooLong(len(tokens), facts.context)
         bad = next((t for t in tokens if not 0 <= t < facts.vocab_size), None)
         if bad is not None:
-            return EdgeInferError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
+            return UsageError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
         return None
 
     def cancel(self, key: int) -> Events:
@@ -493,11 +495,22 @@ class Engine:
             self._events.append((running.key, Started(len(running.prompt), running.num_cached)))
 
     def _next_waiting(self) -> RunningRequest | None:
-        """Who is admitted next: of those who ask, the one with least running; of its requests, the
-        oldest. None if each had better wait."""
+        """Who is admitted next: of those who ask, the one with least running, then the one whose turn
+        is longest ago; of its requests, the oldest. None if each had better wait."""
         has_running = Counter(running.request.asked_by for running in self._running)
-        order = sorted(self._waiting, key=lambda waiting: has_running[waiting.request.asked_by])
-        return next((waiting for waiting in order if not self._will_be_shared(waiting)), None)
+        askers = {waiting.request.asked_by for waiting in self._waiting}
+        turns = self._turns = {asker: self._turns.get(asker, 0) for asker in askers}
+        order = sorted(
+            self._waiting,
+            key=lambda waiting: (
+                has_running[waiting.request.asked_by],
+                turns[waiting.request.asked_by],
+            ),
+        )
+        chosen = next((waiting for waiting in order if not self._will_be_shared(waiting)), None)
+        if chosen is not None:
+            turns[chosen.request.asked_by] = max(turns.values()) + 1
+        return chosen
 
     def _will_be_shared(self, waiting: RunningRequest) -> bool:
         """Whether somebody is just reading what this prompt begins with: then it waits for that and

@@ -19,7 +19,7 @@ from typing import Any
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
 from edgeinfer.engine.wire import event_from_wire, receive, request_to_wire, send
-from edgeinfer.errors import RequestFailed, WorkerDied, error_from_wire
+from edgeinfer.errors import EdgeInferError, RequestFailed, WorkerDied, error_from_wire
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer_models.config import ModelConfig
 from edgeinfer_models.model_files import ModelFiles
@@ -48,14 +48,14 @@ class LoadCommand:
 class EngineProcess:
     """One worker process. Not reusable once dead: make another.
 
-    on_event(key, event) and on_refused(key, reason) are called from the reader thread, in order.
+    on_event(key, event) and on_refused(key, error) are called from the reader thread, in order.
     on_death(error) is called once, from the reader thread, when the process ended without `close`.
     """
 
     def __init__(
         self,
         on_event: Callable[[int, Event], None],
-        on_refused: Callable[[int, str], None],
+        on_refused: Callable[[int, EdgeInferError], None],
         on_death: Callable[[WorkerDied], None],
     ) -> None:
         self._on_event = on_event
@@ -226,7 +226,7 @@ class EngineProcess:
             if kind == "event":
                 self._on_event(message["key"], event_from_wire(message))
             elif kind == "refused":
-                self._on_refused(message["key"], message["error"])
+                self._on_refused(message["key"], error_from_wire(message["type"], message["error"]))
             elif kind == "progress":
                 if self._progress is not None:
                     self._progress(message["fraction"])

@@ -49,6 +49,7 @@ class Request:
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
+    visible_tokens: tuple[int, ...] = ()  # control tokens whose text belongs to the answer
     asked_by: str = ""  # who asks: of several who wait, those who have least running come first
 
     def __post_init__(self) -> None:
@@ -150,6 +151,7 @@ class Queued:
     """The request can be answered: its prompt was read and fits. It waits for its turn, if it must."""
 
     prompt_tokens: int
+    prompt_end: str = ""  # its last characters: a template may begin the answer, with a tag for example
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,10 @@ class RunningRequest:
 
     def read(self, tokenizer: Tokenizer) -> None:
         """Work out the text of the newest tokens."""
+        visible = self.request.visible_tokens
         for token in self.tokens[self.num_read :]:
-            self.untold += self.detokenizer.feed(tokenizer.piece(token))
+            piece = tokenizer.text(token).encode() if token in visible else tokenizer.piece(token)
+            self.untold += self.detokenizer.feed(piece)
         self.num_read = len(self.tokens)
 
     def take_untold(self) -> list[tuple[int, Event]]:

@@ -91,6 +91,7 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "overflow": request.overflow,
         "embedding": request.embedding,
         "asked_by": request.asked_by,
+        "visible_tokens": request.visible_tokens,
     }
 
 
@@ -109,6 +110,7 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         overflow=data["overflow"],
         embedding=data["embedding"],
         asked_by=data["asked_by"],
+        visible_tokens=tuple(data["visible_tokens"]),
     )
 
 
@@ -149,7 +151,7 @@ def event_from_wire(data: Mapping[str, Any]) -> Event:
         )
         return Text(data["text"], data["n"], logprobs)
     if kind == "queued":
-        return Queued(data["prompt_tokens"])
+        return Queued(data["prompt_tokens"], data["prompt_end"])
     if kind == "started":
         return Started(data["prompt_tokens"], data["cached_tokens"])
     if kind == "prefilled":

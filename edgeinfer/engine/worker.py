@@ -44,6 +44,7 @@ PROGRESS_INTERVAL_S = 0.03
 # may be running on, and thirty a second look as smooth as two hundred.
 TELL_INTERVAL_S = 1 / 30
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
+PROMPT_END = 64  # characters of a prompt that are told back
 NOT_QUEUED = ("ask", "cancel_load")  # commands that the intake thread obeys itself
 
 
@@ -97,9 +98,9 @@ class Worker:
         if kind == "submit":
             key = command["key"]
             if engine is None:
-                self._send({"ev": "refused", "key": key, "error": "no model is loaded"})
+                self._refuse(key, RequestFailed("no model is loaded"))
             elif "error" in command:
-                self._send({"ev": "refused", "key": key, "error": command["error"]})
+                self._refuse(key, command["error"])
             else:
                 self._tell(
                     engine.submit(key, command["request"], command["tokens"], command["received"])
@@ -215,6 +216,10 @@ class Worker:
     def _load_failed(self, command: Mapping[str, Any], kind: str, message: str) -> None:
         self._send({"ev": "load_failed", "id": command["id"], "type": kind, "error": message})
 
+    def _refuse(self, key: int, error: Exception) -> None:
+        kind = type(error) if isinstance(error, EdgeInferError) else RequestFailed
+        self._send({"ev": "refused", "key": key, "type": kind.__name__, "error": str(error)})
+
     def _tell(self, events: Events) -> None:
         if events:
             self._send(*[{"ev": "event", "key": key, **event_to_wire(event)} for key, event in events])
@@ -249,7 +254,7 @@ class Worker:
                 command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
                 self._tell_queued(command)
             except (EdgeInferError, ValueError, KeyError, TypeError) as error:
-                command["error"] = str(error)
+                command["error"] = error
         elif kind == "ask":
             self._send({"ev": "answer", "key": command["key"], **self._answer(command)})
             return
@@ -270,7 +275,8 @@ class Worker:
         """Told from here: the main thread may be in a long step, and whoever asks wants to know."""
         engine, tokens = self._engine, command["tokens"]
         if engine is not None and engine.refusal(command["request"], tokens) is None:
-            self._tell([(command["key"], Queued(len(tokens)))])
+            prompt = command["request"].prompt or ""
+            self._tell([(command["key"], Queued(len(tokens), prompt[-PROMPT_END:]))])
 
     def _answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """What a question is answered with: its reply's fields, `error` among them if there is none."""

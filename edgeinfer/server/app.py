@@ -24,7 +24,7 @@ from edgeinfer.server.chat import ChatJob
 from edgeinfer.server.completions import CompletionJob
 from edgeinfer.server.disconnect import unless_gone
 from edgeinfer.server.embeddings import EmbeddingJob
-from edgeinfer.server.errors import ApiError, api_error, error_body
+from edgeinfer.server.errors import ApiError, as_api_error
 from edgeinfer.server.openai_replies import model_object
 from edgeinfer.server.openai_requests import (
     ChatRequest,
@@ -194,7 +194,7 @@ def _add_error_replies(app: FastAPI) -> None:
 
     @app.exception_handler(EdgeInferError)
     async def ours(_: HttpRequest, error: EdgeInferError) -> Response:
-        return _error_reply(api_error(error))
+        return _error_reply(as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: HttpRequest, error: RequestValidationError) -> Response:
@@ -210,7 +210,7 @@ def _add_error_replies(app: FastAPI) -> None:
 
 
 def _error_reply(error: ApiError) -> Response:
-    return JSONResponse(error_body(error), error.status, headers=dict(error.headers))
+    return JSONResponse(error.body, error.status, headers=error.headers)
 
 
 def _wrong_field(error: RequestValidationError) -> ApiError:

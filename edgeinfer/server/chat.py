@@ -3,68 +3,145 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeinfer.client import Ended, Event, Request, RunStats, Text
-from edgeinfer.constraint import Constraint, check_constraint
+from edgeinfer.client import Ended, Event, Message, Queued, Request, RunStats, Text
+from edgeinfer.constraint import Constraint
 from edgeinfer.server.choice import Choice
-from edgeinfer.server.errors import invalid
+from edgeinfer.server.errors import ApiError, invalid
 from edgeinfer.server.openai_replies import Chat
 from edgeinfer.server.openai_requests import ChatRequest, NamedTool, ResponseFormat, message_of
 from edgeinfer.server.service import Service
-from edgeinfer_models.reasoning import ReasoningParser
-from edgeinfer_models.tool_formats import Tool, ToolChoice, ToolFormat
+from edgeinfer.server.warnings import ignored_fields
+from edgeinfer_models.tool_formats import Tool, ToolChoice, parse_tool_choice, parse_tools
 
 # A template's own variables, which a request may not replace.
 _RESERVED = {"messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt"}
+_MOST_VARIABLE_CHARACTERS = 16_384
 
 
 class ChatJob:
-    """What one request asks for: the engine's requests, one for each choice, and how to read them."""
+    """What one HTTP request asks for: the engine's requests, one for each choice, and how to read them."""
 
     def __init__(self, service: Service, body: ChatRequest, asked_by: str) -> None:
         """Raises ApiError, EdgeInferError."""
         self.shapes = Chat(service.name)
-        self.wants_logprobs = bool(body.logprobs)
+        self._wants_logprobs = bool(body.logprobs)
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._warnings = _warnings(body)
-        messages = tuple(message_of(i, message) for i, message in enumerate(body.messages))
-        tools = _tools_of(body)
-        form = service.tool_format if tools else None
-        choice = _choice_of(body, tools)
-        constraint = _constraint_of(body.response_format)
+        self._warnings = ignored_fields(body)
+        dialect = service.dialect
+        tools, choice = _tools_of(body)
+        callable_tools = tools if choice.kind != "none" else []
+        messages, shown = dialect.tools.prepare(_messages_of(body), tools, choice)
         request = Request(
-            messages=messages,
+            messages=tuple(_message(each) for each in messages),
             sampling=body.sampling(service.sampling),
             max_tokens=body.longest or service.max_tokens,
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            tools=tuple(shown or ()),
             template_options=_template_options(body),
-            constraint=constraint,
+            constraint=_constraint_of(body, dialect.grammar(callable_tools, choice, _parallel(body))),
+            visible_tokens=dialect.visible_tokens(bool(callable_tools)),
             asked_by=asked_by,
         )
-        self.requests = [_numbered(request, i) for i in range(body.n or 1)]
-        self.choices = [Choice(i, None, None) for i in range(body.n or 1)]
+        count = body.n or 1
+        self.requests = [
+            replace(request, sampling=request.sampling.for_choice(index)) for index in range(count)
+        ]
+        self._choices = [
+            Choice(index, dialect.reasoning, dialect.tools.parser(callable_tools) if callable_tools else None)
+            for index in range(count)
+        ]
 
     # -- Reader ----------------------------------------------------------------------------------
 
     def begin(self) -> str:
-        return "".join(self.shapes.role(choice.index) for choice in self.choices)
+        return "".join(self.shapes.role(choice.index) for choice in self._choices)
 
     def read(self, index: int, event: Event) -> str:
+        choice = self._choices[index]
         if isinstance(event, Text):
-            return self.choices[index].read(event, self.shapes)
-        if isinstance(event, Ended):
+            return choice.read(event, self.shapes)
+        if isinstance(event, Queued):
+            choice.begin(event.prompt_end)
+        elif isinstance(event, Ended):
             event.stats.warnings.extend(self._warnings)
-            return self.choices[index].end(event, self.shapes)
+            return choice.end(event, self.shapes)
         return ""
 
     def end(self, stats: Sequence[RunStats]) -> str:
         return self.shapes.usage(stats) if self._wants_usage else ""
 
     def whole(self) -> dict[str, Any]:
-        stats = [choice.stats for choice in self.choices if choice.stats is not None]
-        return self.shapes.whole([c.whole(self.wants_logprobs) for c in self.choices], stats)
+        stats = [choice.stats for choice in self._choices if choice.stats is not None]
+        return self.shapes.whole([c.whole(self._wants_logprobs) for c in self._choices], stats)
+
+
+def _messages_of(body: ChatRequest) -> list[dict[str, Any]]:
+    return [message_of(i, message).as_template_value() for i, message in enumerate(body.messages)]
+
+
+def _message(value: Mapping[str, Any]) -> Message:
+    extra = {name: found for name, found in value.items() if name not in ("role", "content")}
+    return Message(str(value["role"]), str(value.get("content") or ""), extra)
+
+
+def _tools_of(body: ChatRequest) -> tuple[list[Tool], ToolChoice]:
+    tools = list(parse_tools(body.tools or []))
+    wanted = body.tool_choice
+    value = wanted.model_dump() if isinstance(wanted, NamedTool) else wanted
+    return tools, parse_tool_choice(value, tools)
+
+
+def _parallel(body: ChatRequest) -> bool:
+    return body.parallel_tool_calls is not False
+
+
+def _constraint_of(body: ChatRequest, calls: str | None) -> Constraint | None:
+    """What holds the answer: the form of calls, or the reply's format."""
+    wanted = _format_of(body.response_format)
+    if calls is None:
+        return wanted
+    if wanted is not None:
+        raise invalid(
+            "response_format and tools cannot both hold an answer; set tool_choice to 'none' for the"
+            " answer that is to have the format",
+            "response_format",
+        )
+    return Constraint("lark", calls)
+
+
+def _format_of(found: ResponseFormat | None) -> Constraint | None:
+    if found is None or found.type == "text":
+        return None
+    if found.type == "json_object":
+        return Constraint("json_object")
+    if found.json_schema is None or found.json_schema.schema_ is None:
+        raise invalid("response_format.json_schema.schema is missing", "response_format.json_schema")
+    return Constraint("json_schema", json.dumps(found.json_schema.schema_))
+
+
+def _template_options(body: ChatRequest) -> dict[str, Any]:
+    """Variables for the template: values, never code. Raises ApiError."""
+    options = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":
+            options.setdefault("enable_thinking", False)
+    taken = _RESERVED & options.keys()
+    if taken:
+        raise invalid(f"chat_template_kwargs cannot set {sorted(taken)[0]!r}", "chat_template_kwargs")
+    try:
+        size = len(json.dumps(options))
+    except (TypeError, ValueError, RecursionError):
+        raise invalid("chat_template_kwargs is nested too deeply", "chat_template_kwargs") from None
+    if size > _MOST_VARIABLE_CHARACTERS:
+        raise invalid(f"chat_template_kwargs has {size} characters as JSON; too many", "chat_template_kwargs")
+    return options
+
+
+__all__ = ["ApiError", "ChatJob"]

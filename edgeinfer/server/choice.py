@@ -7,25 +7,30 @@ from typing import Any
 
 from edgeinfer.client import Ended, RunStats, Text, TokenLogprob
 from edgeinfer.server.openai_replies import Chat, finish_reason, logprob_of
-from edgeinfer_models.reasoning import ReasoningParser
+from edgeinfer_models.reasoning import ContentDelta, ReasoningDelta, ReasoningParser, ReasoningTags
 from edgeinfer_models.tool_formats import ArgumentsDelta, CallStarted, Delta, TextDelta, ToolParser
 
 
 class Choice:
-    """reasoning, tools: None where the text is not looked through for them."""
+    """tags, tools: None where the text is not looked through for them."""
 
-    def __init__(
-        self, index: int, reasoning: ReasoningParser | None, tools: ToolParser | None
-    ) -> None:
+    def __init__(self, index: int, tags: ReasoningTags | None, tools: ToolParser | None) -> None:
         self.index = index
         self.stats: RunStats | None = None
-        self._reasoning = reasoning
+        self._tags = tags
+        self._reasoning: ReasoningParser | None = None
         self._tools = tools
         self._text: list[str] = []
         self._thought: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[TokenLogprob] = []
         self._unsent: list[TokenLogprob] = []  # of tokens whose text is held back
+
+    def begin(self, prompt_end: str) -> None:
+        """The prompt is known, and with it whether the answer begins inside a thought."""
+        if self._tags is not None:
+            opened = self._tags.opened_by(prompt_end)
+            self._reasoning = ReasoningParser(self._tags, opened=opened)
 
     # -- as it comes -----------------------------------------------------------------------------
 
@@ -36,16 +41,16 @@ class Choice:
         if self._reasoning is None and self._tools is None:  # the path of nearly every token
             self._text.append(event.text)
             return self._text_chunk(event.text, shapes)
-        thought, content = (
-            ("", event.text) if self._reasoning is None else self._reasoning.feed(event.text)
-        )
+        thought, content = "", event.text
+        if self._reasoning is not None:
+            thought, content = _split(self._reasoning.feed(event.text))
         deltas = self._tools.feed(content) if self._tools is not None else [TextDelta(content)]
         return self._chunks(thought, deltas, shapes)
 
     def end(self, event: Ended, shapes: Chat) -> str:
         """The chunks of what was held back, and the one that ends the choice."""
         self.stats = event.stats
-        thought, content = ("", "") if self._reasoning is None else self._reasoning.finish()
+        thought, content = ("", "") if self._reasoning is None else _split(self._reasoning.finish())
         deltas: list[Delta] = [TextDelta(content)]
         if self._tools is not None:
             deltas = [*self._tools.feed(content), *self._tools.finish()]
@@ -103,3 +108,9 @@ class Choice:
             "logprobs": logprobs,
             "finish_reason": self.finish_reason,
         }
+
+
+def _split(deltas: Sequence[ReasoningDelta | ContentDelta]) -> tuple[str, str]:
+    """The thought's text and the answer's: a thought comes first."""
+    thought = "".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta))
+    return thought, "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))

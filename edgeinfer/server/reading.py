@@ -9,7 +9,7 @@ from typing import Protocol
 from edgeinfer.client import Ended, Event, RunStats
 from edgeinfer.server import sse
 from edgeinfer.server.answers import Answers, failure
-from edgeinfer.server.errors import ApiError, api_error, error_body
+from edgeinfer.server.errors import ApiError, as_api_error
 
 
 class Reader(Protocol):
@@ -48,7 +48,7 @@ class Deadline:
     def error_of(self, ended: Ended) -> ApiError | None:
         """Why an answer is none; None for one that is."""
         if ended.outcome == "failed":
-            return api_error(failure(ended))
+            return as_api_error(failure(ended))
         if ended.outcome == "finished":
             return None
         if self.is_over:
@@ -77,7 +77,7 @@ async def stream(answers: Answers, reader: Reader, timeout_s: float) -> AsyncIte
                     problem = deadline.error_of(event)
                     if problem is not None:
                         answers.cancel()
-                        yield chunks.encode() + sse.data(error_body(problem))
+                        yield chunks.encode() + sse.data(problem.body)
                         async for _ in answers.events():  # to the end of the others
                             pass
                         return

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from edgeinfer.client import Client, Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
 from edgeinfer.sampling import SamplingParams
 from edgeinfer.server.answers import Answers
+from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.metrics import Metrics, RequestWatch
 
@@ -49,6 +50,7 @@ class Service:
         name: str,
         settings: ServiceSettings,
         *,
+        dialect: Dialect,
         aliases: Sequence[str] = (),
         sampling: SamplingParams | None = None,
         max_tokens: int | None = None,
@@ -56,6 +58,7 @@ class Service:
         self.client = client
         self.name = name
         self.settings = settings
+        self.dialect = dialect
         self.sampling = sampling or SamplingParams()
         self.max_tokens = max_tokens
         self.metrics = Metrics()
@@ -148,3 +151,16 @@ class Service:
             if not self._num_open and idle >= limit and client.info is not None:
                 if await asyncio.to_thread(client.unload):
                     log.info("%s left memory after %.0f s without a request", self.name, idle)
+
+
+def served_name(client: LocalClient) -> tuple[str, list[str]]:
+    """What the API calls a loaded model, and what else it is found under: its name in the catalogue or
+    on the hub, its file's name with and without the ending."""
+    info = client.info
+    assert info is not None
+    file = info.name
+    stem = file.rsplit(".", 1)[0] if file.endswith((".gguf", ".safetensors")) else file
+    spec = client.spec
+    is_path = not spec or "/" in spec and not spec.startswith("hf:") or "\\" in spec
+    name = stem if is_path else spec
+    return name, [file, stem, spec] if spec else [file, stem]

@@ -18,8 +18,10 @@ from tests.contract.checked_runtime import CheckedRuntime
 from tests.contract.driving import (
     CHUNK,
     feed,
+    is_same,
     opened,
     ordinary_tokens,
+    probe,
     require,
     some_tokens,
     unchanged,

@@ -21,18 +21,26 @@ def started(driver: Driver) -> list[int]:
 
 
 def test_who_asks_little_does_not_wait_behind_who_asks_much() -> None:
-    driver = Driver(make_engine(sequences=2))
-    for key in range(1, 7):
+    driver = Driver(make_engine(sequences=1))
+    for key in range(1, 5):
         driver.submit(key, asked(tokens_of(key, 20), 30, asked_by="many"))
     driver.step()
-    driver.submit(7, asked(tokens_of(7, 20), 30, asked_by="one"))
+    for key in (7, 8):
+        driver.submit(key, asked(tokens_of(key, 20), 30, asked_by="few"))
     order: list[int] = []
     while driver.engine.has_work:
         driver.step()
         order += [key for key in started(driver) if key not in order]
-    assert order[:2] == [1, 2]
-    assert order[2] == 7
-    assert order[3:] == [3, 4, 5, 6]
+    assert order == [1, 7, 2, 8, 3, 4]
+
+
+def test_slots_are_shared_evenly_between_those_who_ask() -> None:
+    driver = Driver(make_engine(sequences=4))
+    for key in range(1, 7):
+        driver.submit(key, asked(tokens_of(key, 20), 30, asked_by="many"))
+    driver.submit(7, asked(tokens_of(7, 20), 30, asked_by="one"))
+    driver.step()
+    assert started(driver) == [1, 2, 3, 7]
 
 
 def test_requests_of_one_asker_keep_their_order() -> None:

@@ -1,0 +1,185 @@
+"""`edgeinfer serve`: the HTTP endpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edgeinfer.cli import options
+from edgeinfer.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from edgeinfer.cli.output import StatusLine
+    from edgeinfer.client import LocalClient
+    from edgeinfer.sampling import SamplingParams
+    from edgeinfer.server.api_keys import ApiKeys
+    from edgeinfer.server.service import Service, ServiceSettings
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+MAX_QUEUE = 10_000
+
+
+def serve(
+    model: options.Model = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 11435,
+    api_key: options.ApiKey = None,
+    api_key_file: options.ApiKeyFile = None,
+    no_api_key: options.NoApiKey = False,
+    allow_origin: options.AllowOrigin = None,
+    allow_host: options.AllowHost = None,
+    parallel: options.Parallel = 4,
+    queue: options.Queue = 64,
+    timeout: options.Timeout = "1h",
+    idle_unload: options.IdleUnload = "never",
+    backend: options.Backend = "auto",
+    ctx: options.Ctx = None,
+    threads: options.Threads = "auto",
+    gpu_layers: options.GpuLayers = "auto",
+    kv_type: options.KvType = "f16",
+    kv_type_k: options.KvTypeK = None,
+    kv_type_v: options.KvTypeV = None,
+    cache_ram: options.CacheRam = "1G",
+    seed: options.Seed = None,
+    temp: options.Temp = 0.7,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 40,
+    min_p: options.MinP = 0.05,
+    typical_p: options.TypicalP = 1.0,
+    repeat_penalty: options.RepeatPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    dry_multiplier: options.DryMultiplier = 0.0,
+    max_tokens: options.MaxTokens = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer OpenAI's API over HTTP, for the programs you already have."""
+    from dataclasses import replace
+
+    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.cli.output import StatusLine
+    from edgeinfer.client import LocalClient
+    from edgeinfer.sampling import SamplingParams
+    from edgeinfer.server.api_keys import check_binding, read_api_keys
+    from edgeinfer.server.service import ServiceSettings
+
+    sampling = SamplingParams(
+        temperature=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        typical_p=typical_p,
+        repeat_penalty=repeat_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        dry_multiplier=dry_multiplier,
+        seed=seed,
+    )
+    opened = open_options(
+        model,
+        backend=backend,
+        ctx=ctx,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        kv_type=kv_type,
+        kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v,
+        cache_ram=cache_ram,
+    )
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port} is outside [0, 65535]")
+    if not 0 <= queue <= MAX_QUEUE:
+        raise UsageError(f"--queue {queue} is outside [0, {MAX_QUEUE}]")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens} must be at least 1")
+    settings = ServiceSettings(
+        parallel=parallel,
+        queue=queue,
+        timeout_s=parse_duration("--timeout", timeout),
+        idle_unload_s=parse_duration("--idle-unload", idle_unload),
+    )
+    keys, notes = read_api_keys(
+        [api_key] if api_key is not None else [], Path(api_key_file) if api_key_file else None
+    )
+    origins = tuple(allow_origin or ())
+    check_binding(host, keys, no_api_key, origins)
+    logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "WARNING"))
+    status = StatusLine(enabled=not quiet)
+
+    def show(what: str, fraction: float) -> None:
+        status.show(f"{what} … {fraction:.0%}")
+
+    def say(note: str) -> None:
+        status.clear()
+        if not quiet:
+            sys.stderr.write(f"edgeinfer: {one_line(note)}\n")
+
+    for note in notes:
+        say(f"warning: {note}")
+    with LocalClient(replace(opened, sequences=parallel), puller(show, say)) as client:
+        try:
+            info = client.load(show)
+        finally:
+            status.close()
+        for warning in info.warnings:
+            say(f"warning: {warning}")
+        _run(client, settings, sampling, max_tokens, host, port, keys, origins, tuple(allow_host or ()), say)
+
+
+def _run(
+    client: LocalClient,
+    settings: ServiceSettings,
+    sampling: SamplingParams,
+    max_tokens: int | None,
+    host: str,
+    port: int,
+    keys: ApiKeys,
+    origins: tuple[str, ...],
+    hosts: tuple[str, ...],
+    say: object,
+) -> None:
+    from edgeinfer.server.app import create_app
+    from edgeinfer.server.dialect import dialect_of
+    from edgeinfer.server.guard import Guard, GuardSettings
+    from edgeinfer.server.service import Service, served_name
+    from edgeinfer.server.serving import ServeSettings
+    from edgeinfer.server.serving import serve as run_server
+
+    name, aliases = served_name(client)
+    service = Service(
+        client,
+        name,
+        settings,
+        dialect=dialect_of(client),
+        aliases=aliases,
+        sampling=sampling,
+        max_tokens=max_tokens,
+    )
+    guarded = GuardSettings(keys=keys, allow_origins=origins, allow_hosts=hosts)
+    app = Guard(create_app(service, on_close=client.close), guarded)
+    run_server(app, ServeSettings(host=host, port=port), lambda address: _greet(address.url, service, say))
+
+
+def _greet(url: str, service: Service, say: object) -> None:
+    assert callable(say)  # noqa: S101
+    info = service.info
+    context = f", {info.context:,} tokens of context each" if info else ""
+    say(f"{service.name} answers at {url}/v1 ({service.settings.parallel} at once{context}); Ctrl+C ends it")
+
+
+def parse_duration(option: str, text: str) -> float:
+    """ "90", "90s", "10m", "1h" -> seconds; "never" and "0" -> 0. Raises UsageError."""
+    word = text.strip().lower()
+    if word == "never":
+        return 0.0
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)\s*([smh]?)", word)
+    if match is None:
+        raise UsageError(f"{option} {text[:40]!r} is no time; write for example 90s, 10m or never")
+    return float(match[1]) * _UNITS[match[2]]
