@@ -24,6 +24,8 @@
     │   └── SnapshotRejected      a KV snapshot is not for this runtime, or is damaged
     ├── MeasureFailed             a benchmark's figure would not be what it says
     ├── ExtraMissing              an optional package is not installed; says how to get it
+    ├── EndpointFailed            an HTTP endpoint answered with what it should not
+    │   └── EndpointUnreachable   nobody answers there, or no longer
     ├── WorkerDied                the process that held the model ended; carries how
     └── RequestFailed             a request ended `failed`; carries the reason
 
@@ -146,6 +148,14 @@ class MeasureFailed(EdgeInferError):
 
 
 class ExtraMissing(EdgeInferError):
+    pass
+
+
+class EndpointFailed(EdgeInferError):
+    pass
+
+
+class EndpointUnreachable(EndpointFailed):
     pass
 
 

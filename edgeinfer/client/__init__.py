@@ -9,7 +9,14 @@ with LocalClient(OpenOptions(model="smollm2")) as client:
 
 from __future__ import annotations
 
-from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
+from edgeinfer.client.client import (
+    PROGRESS_HEADER,
+    Client,
+    Generation,
+    LoadProgress,
+    ModelInfo,
+    Token,
+)
 from edgeinfer.client.local import LocalClient
 from edgeinfer.engine.request import (
     Embedded,
@@ -28,6 +35,7 @@ from edgeinfer.engine.request import (
 from edgeinfer.open import OpenOptions
 
 __all__ = [
+    "PROGRESS_HEADER",
     "Client",
     "Embedded",
     "Ended",

@@ -14,6 +14,9 @@ from edgeinfer.engine.request import Ended, Event, Request, Text
 from edgeinfer.errors import RequestFailed, error_from_wire
 from edgeinfer.machine.ledger import MemoryUse
 
+# A request's header that asks an endpoint for comments on how far an answer is.
+PROGRESS_HEADER = "x-edgeinfer-progress"
+
 LoadProgress = Callable[[str, float], None]  # (what is going on, 0..1)
 
 

@@ -158,7 +158,7 @@ def event_from_wire(data: Mapping[str, Any]) -> Event:
         return Prefilled(data["done"], data["total"])
     if kind == "embedded":
         return Embedded(tuple(data["vector"]))
-    return Ended(data["outcome"], _stats(data["stats"]), data["error_type"], data["error"])
+    return Ended(data["outcome"], stats_from_wire(data["stats"]), data["error_type"], data["error"])
 
 
 _PARTS = {
@@ -170,7 +170,7 @@ _PARTS = {
 }
 
 
-def _stats(data: Mapping[str, Any]) -> RunStats:
+def stats_from_wire(data: Mapping[str, Any]) -> RunStats:
     values = {
         field.name: _PARTS[field.name](**data[field.name]) if field.name in _PARTS else data[field.name]
         for field in fields(RunStats)

@@ -17,14 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from edgeinfer import __version__
-from edgeinfer.errors import EdgeInferError, one_line
+from edgeinfer.client import PROGRESS_HEADER, Request
+from edgeinfer.errors import EdgeInferError, RequestFailed, one_line
 from edgeinfer.server import metrics, reading
 from edgeinfer.server.answers import Answers
 from edgeinfer.server.chat import ChatJob
 from edgeinfer.server.completions import CompletionJob
 from edgeinfer.server.disconnect import unless_gone
 from edgeinfer.server.embeddings import EmbeddingJob
-from edgeinfer.server.errors import ApiError, as_api_error
+from edgeinfer.server.errors import ApiError, as_api_error, invalid
 from edgeinfer.server.openai_replies import model_object
 from edgeinfer.server.openai_requests import (
     ChatRequest,
@@ -32,6 +33,7 @@ from edgeinfer.server.openai_requests import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
+    message_of,
 )
 from edgeinfer.server.service import Service
 from edgeinfer.server.sse import EventStream
@@ -122,7 +124,8 @@ async def _reply(
     settings = service.settings
     if streams:
         await unless_gone(http, answers.cancel, answers.accepted(settings.accept_s))
-        chunks = reading.stream(answers, job, settings.timeout_s)
+        progress = PROGRESS_HEADER in http.headers
+        chunks = reading.stream(answers, job, settings.timeout_s, progress=progress)
         return EventStream(chunks, answers.cancel, settings.ping_s)
     await unless_gone(http, answers.cancel, reading.read_all(answers, job.read, settings.timeout_s))
     return JSONResponse(job.whole())
@@ -146,21 +149,30 @@ def asked_by(http: HttpRequest, user: str | None) -> str:
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/v1/tokenize", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        """A text's tokens, as the model would read it."""
+        """A text's tokens, as the model would read it; of messages, how many their prompt has."""
         service.check_model(body.model)
+        if body.messages is not None:
+            request = Request(messages=tuple(message_of(i, m) for i, m in enumerate(body.messages)))
+            return {"count": await run_in_threadpool(service.client.count_tokens, request)}
+        if body.text is None:
+            raise invalid("text or messages is missing", "text")
         found = await run_in_threadpool(
             service.client.tokenize,
             body.text,
             add_special=body.add_special,
             parse_special=body.parse_special,
         )
-        return {"tokens": [one.id for one in found], "texts": [one.text for one in found]}
+        tokens = [one.id for one in found]
+        return {"count": len(tokens), "tokens": tokens, "texts": [one.text for one in found]}
 
     @app.post("/v1/detokenize", tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
         service.check_model(body.model)
-        return {"text": await run_in_threadpool(service.client.detokenize, body.tokens)}
+        try:
+            return {"text": await run_in_threadpool(service.client.detokenize, body.tokens)}
+        except RequestFailed as error:
+            raise invalid(str(error), "tokens") from None
 
 
 # -- status ----------------------------------------------------------------------------------------

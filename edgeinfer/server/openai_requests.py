@@ -246,7 +246,10 @@ class EmbeddingRequest(_Body):
 
 
 class TokenizeRequest(_Body):
-    text: str = Field(validation_alias=AliasChoices("text", "prompt", "content", "input"))
+    text: str | None = Field(
+        None, validation_alias=AliasChoices("text", "prompt", "content", "input")
+    )
+    messages: list[ChatMessage] | None = Field(None, max_length=MAX_MESSAGES)
     add_special: bool = False
     parse_special: bool = False
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from edgeinfer.client import Ended, Event, RunStats
+from edgeinfer.client import Ended, Event, Prefilled, RunStats, Started, Text
 from edgeinfer.server import sse
 from edgeinfer.server.answers import Answers, failure
 from edgeinfer.server.errors import ApiError, as_api_error
@@ -62,8 +62,11 @@ class Deadline:
         return ApiError(503, "the answer was ended: the endpoint is closing", "server_error", code="closing")
 
 
-async def stream(answers: Answers, reader: Reader, timeout_s: float) -> AsyncIterator[bytes]:
-    """SSE chunks. A failure is a chunk with `error`, after which nothing comes, not even [DONE]."""
+async def stream(
+    answers: Answers, reader: Reader, timeout_s: float, *, progress: bool = False
+) -> AsyncIterator[bytes]:
+    """SSE chunks. A failure is a chunk with `error`, after which nothing comes, not even [DONE].
+    progress: with comments that tell how far the answers are."""
     deadline = Deadline(answers, timeout_s)
     stats: list[RunStats] = []
     try:
@@ -81,12 +84,24 @@ async def stream(answers: Answers, reader: Reader, timeout_s: float) -> AsyncIte
                         async for _ in answers.events():  # to the end of the others
                             pass
                         return
+                if progress:
+                    chunks += _progress(event)
                 chunks += reader.read(index, event)
             if chunks:
                 yield chunks.encode()
         yield reader.end(stats).encode() + sse.DONE
     finally:
         deadline.stop()
+
+
+def _progress(event: Event) -> str:
+    if isinstance(event, Started):
+        return f': progress {{"cached":{event.cached_tokens},"of":{event.prompt_tokens}}}\n\n'
+    if isinstance(event, Prefilled):
+        return f': progress {{"done":{event.done},"of":{event.total}}}\n\n'
+    if isinstance(event, Text):
+        return f': progress {{"tokens":{event.num_tokens}}}\n'
+    return ""
 
 
 async def read_all(
