@@ -58,6 +58,7 @@ KEYS: Mapping[str, Kind] = {
     "repeat": "whole",
     "warmup": "whole",
     "plot": "text",
+    "attach": "text",
     "host": "text",
     "port": "whole",
     "api-key": "text",

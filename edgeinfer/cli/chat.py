@@ -11,7 +11,10 @@ from edgeinfer.errors import UsageError
 
 
 def chat(
+    context: typer.Context,
     model: options.Model = None,
+    attach: options.Attach = None,
+    api_key: options.AttachKey = None,
     backend: options.Backend = "auto",
     ctx: options.Ctx = None,
     threads: options.Threads = "auto",
@@ -36,8 +39,8 @@ def chat(
     debug: options.Debug = False,
 ) -> None:
     """Chat in the terminal."""
-    from edgeinfer.cli.opening import open_options, puller
-    from edgeinfer.client import LocalClient
+    from edgeinfer.cli.opening import attached, open_options, puller
+    from edgeinfer.client import Client, LocalClient
     from edgeinfer.sampling import SamplingParams
 
     sampling = SamplingParams(
@@ -72,7 +75,11 @@ def chat(
     from edgeinfer_tui.run import run_chat
 
     progress = LoadMessages()
-    client = LocalClient(opened, puller(progress.show))
+    client: Client
+    if attach is not None:
+        client = attached(context, attach, api_key, model)
+    else:
+        client = LocalClient(opened, puller(progress.show))
     progress.client = client
     code = run_chat(
         client,

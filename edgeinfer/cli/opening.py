@@ -11,6 +11,9 @@ from edgeinfer.cli.options import parse_count, parse_size
 from edgeinfer.errors import UsageError
 
 if TYPE_CHECKING:
+    import typer
+
+    from edgeinfer.client.http import HttpClient
     from edgeinfer.open import OpenOptions
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -54,6 +57,22 @@ def open_options(
         kv_type_v=kv_type_v or kv_type,
         cache_bytes=parse_size("--cache-ram", cache_ram),
     )
+
+
+# What only the one who loads a model can choose.
+_LOADING = ("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram")
+
+
+def attached(context: typer.Context, url: str, api_key: str | None, model: str | None) -> HttpClient:
+    """A client of an endpoint that runs already. Raises UsageError for an option that cannot reach it."""
+    from edgeinfer.client.http import HttpClient
+
+    for name in _LOADING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} is the endpoint's to choose; give it to `edgeinfer serve` there")
+    return HttpClient(url, api_key, model)
 
 
 def puller(

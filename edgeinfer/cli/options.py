@@ -237,6 +237,18 @@ AllowHost = Annotated[
         _ENDPOINT,
     ),
 ]
+Attach = Annotated[
+    str | None,
+    _option(
+        "attach",
+        "Ask an endpoint that runs already, like http://127.0.0.1:11435, instead of loading a model.",
+        "URL",
+        _MODEL,
+    ),
+]
+AttachKey = Annotated[
+    str | None, _option("api-key", "That endpoint's key. Better in EDGEINFER_API_KEY.", "KEY", _MODEL)
+]
 Parallel = Annotated[
     int, _option("parallel", "Answers at once; each has a context of its own.", "N", _ENDPOINT)
 ]

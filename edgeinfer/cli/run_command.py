@@ -31,6 +31,8 @@ def run(
             is_eager=True,  # the model's table in the config file counts for the options
         ),
     ] = None,
+    attach: options.Attach = None,
+    api_key: options.AttachKey = None,
     backend: options.Backend = "auto",
     ctx: options.Ctx = None,
     threads: options.Threads = "auto",
@@ -58,9 +60,9 @@ def run(
     debug: options.Debug = False,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
-    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.cli.opening import attached, open_options, puller
     from edgeinfer.cli.output import StatusLine
-    from edgeinfer.client import LocalClient, Message, Request
+    from edgeinfer.client import Client, LocalClient, Message, Request
     from edgeinfer.sampling import SamplingParams
 
     if not arguments:
@@ -113,7 +115,12 @@ def run(
         if not quiet:
             sys.stderr.write(f"edgeinfer: {one_line(note)}\n")
 
-    with LocalClient(opened, puller(show, say)) as client:
+    chosen: Client
+    if attach is not None:
+        chosen = attached(context, attach, api_key, model)
+    else:
+        chosen = LocalClient(opened, puller(show, say))
+    with chosen as client:
         try:
             info = client.load(show)
             status.clear()

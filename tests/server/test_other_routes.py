@@ -1,0 +1,193 @@
+"""Completions, embeddings, tokens, models, metrics and documents over a real socket."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.endpoints import Endpoint, scripted
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    script = {"answers": {"*": "Hello there.", "once": " upon a time", "b": "cd"}}
+    with scripted(tmp_path_factory.mktemp("endpoint"), script) as found:
+        yield found
+
+
+def post(endpoint: Endpoint, route: str, **body: object) -> tuple[int, dict[str, object]]:
+    with endpoint.http() as http:
+        reply = http.post(route, json=body)
+    return reply.status_code, reply.json()
+
+
+# -- completions -----------------------------------------------------------------------------------
+
+
+def test_a_completion_goes_on_from_its_prompt(endpoint: Endpoint) -> None:
+    status, reply = post(endpoint, "/v1/completions", prompt="once")
+    assert status == 200
+    assert reply["object"] == "text_completion"
+    assert reply["choices"] == [
+        {"index": 0, "text": " upon a time", "logprobs": None, "finish_reason": "stop"}
+    ]
+
+
+def test_prompts_and_choices_are_numbered_prompt_by_prompt(endpoint: Endpoint) -> None:
+    _, reply = post(endpoint, "/v1/completions", prompt=["once", "b"], n=2)
+    texts = [(choice["index"], choice["text"]) for choice in reply["choices"]]  # type: ignore[attr-defined]
+    assert texts == [(0, " upon a time"), (1, " upon a time"), (2, "cd"), (3, "cd")]
+    assert reply["usage"]["prompt_tokens"] == len("once") + len("b") + 2  # type: ignore[index]
+
+
+def test_a_prompt_may_be_tokens(endpoint: Endpoint) -> None:
+    _, found = post(endpoint, "/v1/tokenize", text="once", add_special=True)
+    _, reply = post(endpoint, "/v1/completions", prompt=found["tokens"])
+    assert reply["choices"][0]["text"] == " upon a time"  # type: ignore[index]
+
+
+def test_echo_gives_the_prompt_back(endpoint: Endpoint) -> None:
+    _, reply = post(endpoint, "/v1/completions", prompt="once", echo=True)
+    assert reply["choices"][0]["text"] == "once upon a time"  # type: ignore[index]
+    chunks = endpoint.chunks("/v1/completions", prompt="once", echo=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "once upon a time"
+
+
+def test_legacy_log_probabilities_have_offsets(endpoint: Endpoint) -> None:
+    _, reply = post(endpoint, "/v1/completions", prompt="once", logprobs=2, max_tokens=5)
+    found = reply["choices"][0]["logprobs"]  # type: ignore[index]
+    assert found["tokens"] == list(" upon")
+    assert found["text_offset"] == [0, 1, 2, 3, 4]
+    assert [len(top) for top in found["top_logprobs"]] == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": [1, 2], "echo": True}, "echo"),
+        ({"prompt": [10**9]}, "vocabulary"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": {}}, "prompt"),
+    ],
+)
+def test_completions_refuse_what_they_cannot_do(
+    endpoint: Endpoint, body: dict[str, object], word: str
+) -> None:
+    status, reply = post(endpoint, "/v1/completions", **body)
+    assert status == 400, reply
+    assert word in reply["error"]["message"]  # type: ignore[index]
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+def test_embeddings_come_in_order_and_in_both_encodings(endpoint: Endpoint) -> None:
+    texts = [f"text {i}" for i in range(9)]  # more than run at once
+    _, reply = post(endpoint, "/v1/embeddings", input=texts)
+    data = reply["data"]
+    assert [one["index"] for one in data] == list(range(9))  # type: ignore[attr-defined]
+    _, packed = post(endpoint, "/v1/embeddings", input=texts[3], encoding_format="base64")
+    raw = base64.b64decode(packed["data"][0]["embedding"])  # type: ignore[index]
+    vector = struct.unpack(f"<{len(raw) // 4}f", raw)
+    assert vector == pytest.approx(data[3]["embedding"], abs=1e-6)  # type: ignore[index]
+    assert reply["usage"]["prompt_tokens"] > 9  # type: ignore[index]
+
+
+def test_embeddings_can_be_shortened(endpoint: Endpoint) -> None:
+    _, reply = post(endpoint, "/v1/embeddings", input="a", dimensions=4)
+    vector = reply["data"][0]["embedding"]  # type: ignore[index]
+    assert len(vector) == 4
+    assert sum(x * x for x in vector) == pytest.approx(1.0)
+    status, _ = post(endpoint, "/v1/embeddings", input="a", dimensions=10**6)
+    assert status == 400
+
+
+@pytest.mark.parametrize("wrong", ["", [], [""], [[]], None])
+def test_nothing_cannot_be_embedded(endpoint: Endpoint, wrong: object) -> None:
+    status, _ = post(endpoint, "/v1/embeddings", input=wrong)
+    assert status == 400
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def test_tokens_go_there_and_back(endpoint: Endpoint) -> None:
+    _, found = post(endpoint, "/v1/tokenize", text="naïve")
+    assert found["count"] == len(found["tokens"])  # type: ignore[arg-type]
+    _, back = post(endpoint, "/v1/detokenize", tokens=found["tokens"])
+    assert back == {"text": "naïve"}
+
+
+def test_messages_are_counted_as_their_prompt(endpoint: Endpoint) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    _, found = post(endpoint, "/v1/tokenize", messages=messages)
+    _, reply = post(endpoint, "/v1/chat/completions", messages=messages)
+    assert found["count"] == reply["usage"]["prompt_tokens"]  # type: ignore[index]
+
+
+def test_wrong_tokens_are_refused(endpoint: Endpoint) -> None:
+    for tokens in ([10**9], [-1], ["a"], "a", [2**31]):
+        status, _ = post(endpoint, "/v1/detokenize", tokens=tokens)
+        assert status == 400
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+def test_the_model_is_listed(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        (model,) = http.get("/v1/models").json()["data"]
+        assert model["id"] == endpoint.service.name
+        assert model["object"] == "model"
+        assert http.get(f"/v1/models/{model['id']}").json() == model
+        assert http.get("/v1/models/other").status_code == 404
+
+
+def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
+    post(endpoint, "/v1/completions", prompt="once")
+    with endpoint.http() as http:
+        page = http.get("/metrics").text
+    for name in (
+        'edgeinfer_requests_total{outcome="finished",route="completions"}',
+        "edgeinfer_time_to_first_token_seconds_bucket",
+        "edgeinfer_completion_tokens_total",
+        "edgeinfer_kv_used_cells",
+        "edgeinfer_running_requests 0.0",
+        "edgeinfer_cache_lookups_total",
+    ):
+        assert name in page, name
+
+
+def test_an_unknown_route_and_a_wrong_method_have_openais_error(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        for reply, status in ((http.get("/nowhere"), 404), (http.get("/v1/chat/completions"), 405)):
+            assert reply.status_code == status
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_openapi_document_names_every_route(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        document = http.get("/openapi.json").json()
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/tokenize",
+        "/v1/detokenize",
+        "/health",
+        "/metrics",
+    } <= set(document["paths"])
+
+
+def test_another_folder_is_not_served(endpoint: Endpoint, tmp_path: Path) -> None:
+    with endpoint.http() as http:
+        for path in ("/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd"):
+            assert http.get(path).status_code == 404
