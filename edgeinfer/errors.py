@@ -13,6 +13,7 @@
     │   │   └── HubUnreachable    no network, or offline mode: nothing could be asked
     │   └── ChecksumMismatch      the bytes are not the published ones
     ├── TemplateError             a chat template raised, looped or broke its sandbox
+    ├── ToolsInvalid              a request's tools or tool_choice cannot be right
     ├── PromptTooLong             carries both numbers
     ├── BackendError
     │   ├── BackendUnavailable    not installed or not usable here, with the reason
@@ -96,6 +97,10 @@ class ChecksumMismatch(ModelError):
 
 
 class TemplateError(EdgeInferError):
+    pass
+
+
+class ToolsInvalid(EdgeInferError):
     pass
 
 

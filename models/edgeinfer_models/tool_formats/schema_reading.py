@@ -1,0 +1,130 @@
+"""What forms that are no JSON must know of a JSON schema: an object's properties, a value's types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgeinfer.errors import ToolsInvalid
+from edgeinfer_models.tool_formats.tools import Tool
+
+ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+_MAX_REFERENCES = 16
+_NOTES = frozenset({
+    "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
+    "$defs", "definitions", "$schema", "$id", "x-guidance", "strict",
+})  # fmt: skip
+_COMPOSED = ("$ref", "anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "dependentSchemas")
+
+
+@dataclass(frozen=True)
+class Property:
+    name: str
+    schema: Any
+    is_required: bool
+
+
+@dataclass(frozen=True)
+class ObjectShape:
+    """others: the schema of properties that have no name here; None where there may be none."""
+
+    properties: tuple[Property, ...]
+    others: Any | None
+
+
+def shape_of(
+    schema: Mapping[str, Any], where: str, *, strict: bool, is_outermost: bool = True
+) -> ObjectShape:
+    """Raises ToolsInvalid for a strict schema that says more than that. schema: of type object.
+
+    is_outermost: a tool's parameters, where properties without a name are wanted only if it says so.
+    """
+    composed = [key for key in _COMPOSED if key in schema]
+    limits = [key for key in ("minProperties", "maxProperties", "propertyNames") if key in schema]
+    if strict and (composed or limits):
+        raise unsupported(where, (composed + limits)[0])
+    declared = schema.get("properties")
+    declared = declared if isinstance(declared, dict) else {}
+    required = schema.get("required")
+    required = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    names = dict.fromkeys([*declared, *required])
+    properties = tuple(Property(name, declared.get(name, True), name in required) for name in names)
+    is_closed = not composed and (is_outermost or bool(properties))
+    others = schema.get("additionalProperties", not is_closed)
+    return ObjectShape(properties, None if others is False else others)
+
+
+def resolve(schema: Any, root: Mapping[str, Any]) -> Any:
+    """Follows `$ref` inside the document; True (anything) where it leads nowhere."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+            return schema
+        target: Any = root
+        reference = schema["$ref"]
+        if not reference.startswith("#"):
+            return True
+        for part in reference[1:].split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            target = target.get(key) if isinstance(target, Mapping) else None
+        schema = True if target is None else target
+    return True
+
+
+def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """The JSON types a value may have, as far as the schema says; too many rather than too few."""
+    schema = resolve(schema, root)
+    if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
+        return ALL_TYPES
+    if "const" in schema:
+        return frozenset({type_name(schema["const"])})
+    if isinstance(schema.get("enum"), list):
+        return frozenset(type_name(value) for value in schema["enum"])
+    declared = schema.get("type")
+    if isinstance(declared, str):
+        return frozenset({declared})
+    if isinstance(declared, list):
+        return frozenset(str(each) for each in declared)
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            return frozenset().union(*(types_of(each, root, depth + 1) for each in schema[key]))
+    if isinstance(schema.get("properties"), dict):
+        return frozenset({"object"})
+    return ALL_TYPES
+
+
+def type_name(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    names = {str: "string", int: "integer", float: "number", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def says_more(schema: Any, than: frozenset[str] = frozenset()) -> str | None:
+    """A keyword of the schema beside notes, `type` and `than`, if there is one."""
+    keys = schema.keys() if isinstance(schema, Mapping) else ()
+    return next((str(key) for key in keys if key not in _NOTES | than | {"type"}), None)
+
+
+def inner_json(schema: Any, root: Mapping[str, Any], *, strict: bool) -> str:
+    """The schema of a part of a tool's parameters as a document of its own, for `%json`."""
+    document = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    document |= schema if isinstance(schema, Mapping) else {}
+    document["x-guidance"] = {
+        "whitespace_flexible": False,
+        "item_separator": ", ?",
+        "key_separator": ": ?",
+        "lenient": not strict,
+    }
+    return json.dumps(document)
+
+
+def unsupported(where: str, keyword: str) -> ToolsInvalid:
+    return ToolsInvalid(
+        f"{where}: this model's form of calls cannot be held to '{keyword}'; leave it out, or strict"
+    )
+
+
+def place(tool: Tool, *path: str) -> str:
+    return f"tool '{tool.name}'" + "".join(f", parameter '{each}'" for each in path)
