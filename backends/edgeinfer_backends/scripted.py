@@ -232,6 +232,7 @@ class ScriptedRuntime(Runtime):
         """Each token's hidden state is a hash of itself, the token before it and the seed."""
         self._require("embeddings")
         self._rows = []
+        self._abort.clear()
         self._check_step(Step([SequenceStep(sequence, tokens, "none")]))
         (cells,) = self._cells.plan([(sequence, len(tokens))])
         self._spend_step()

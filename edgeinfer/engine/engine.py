@@ -287,6 +287,8 @@ class Engine:
         assert running.handle is not None
         try:
             hidden = self.runtime.embed(running.handle, piece)
+        except StepAborted:
+            return  # nothing was kept; whoever cancelled is heard before the next step
         except (OutOfCells, StepFailed) as error:
             self._events += self._end(running, "failed", "stop", error)
             return

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgeinfer import __version__
 from edgeinfer.client import PROGRESS_HEADER, Request
@@ -59,9 +60,9 @@ def create_app(service: Service, on_close: Callable[[], None] = lambda: None) ->
         title="edgeinfer",
         version=__version__,
         lifespan=lifespan,
-        strict_content_type=False,  # curl -d says it sends a form
         redoc_url=None,
     )
+    app.add_middleware(JsonBodies)
     _add_error_replies(app)
     _add_openai(app, service)
     _add_tokens(app, service)
@@ -69,12 +70,25 @@ def create_app(service: Service, on_close: Callable[[], None] = lambda: None) ->
     return app
 
 
+class JsonBodies:
+    """Every body is read as JSON, whatever its sender calls it: `curl -d` says that it sends a form."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send)
+
+
 # -- OpenAI ----------------------------------------------------------------------------------------
 
 
 def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["OpenAI"], response_model=None)
-    async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response | EventStream:
+    async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         """An answer to a conversation, whole or as server-sent events."""
         service.check_model(body.model)
         job = ChatJob(service, body, asked_by(http, body.user))
@@ -82,7 +96,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         return await _reply(http, service, answers, job, bool(body.stream))
 
     @app.post("/v1/completions", tags=["OpenAI"], response_model=None)
-    async def completions(http: HttpRequest, body: CompletionRequest) -> Response | EventStream:
+    async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt, without a chat template."""
         service.check_model(body.model)
         job = CompletionJob(service, body, asked_by(http, body.user))
@@ -120,7 +134,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 async def _reply(
     http: HttpRequest, service: Service, answers: Answers, job: ChatJob | CompletionJob, streams: bool
-) -> Response | EventStream:
+) -> Response:
     settings = service.settings
     if streams:
         await unless_gone(http, answers.cancel, answers.accepted(settings.accept_s))

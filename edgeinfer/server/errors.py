@@ -81,6 +81,11 @@ def error_body(
     return {"error": error}
 
 
+def invalid(message: str, param: str | None = None) -> ApiError:
+    """A field of the body that cannot be as it is."""
+    return ApiError(400, message, "invalid_request_error", param)
+
+
 @dataclass(frozen=True)
 class Mapped:
     status: int

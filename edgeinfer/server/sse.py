@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 PING = b": ping\n\n"
@@ -25,8 +26,8 @@ def data(value: Any) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
 
 
-class EventStream:
-    """An ASGI response that sends `chunks` as they come.
+class EventStream(Response):
+    """A response that sends `chunks` as they come.
 
     on_gone: called when the reader went away; `chunks` is expected to come to its end soon after it,
     and is read to it, so that whatever makes them ends in order.
@@ -35,6 +36,7 @@ class EventStream:
     def __init__(
         self, chunks: AsyncIterator[bytes], on_gone: Callable[[], None], ping_s: float = 10.0
     ) -> None:
+        super().__init__()
         self._chunks = chunks
         self._on_gone = on_gone
         self._ping_s = ping_s

@@ -73,7 +73,6 @@ def test_legacy_log_probabilities_have_offsets(endpoint: Endpoint) -> None:
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": [1, 2], "echo": True}, "echo"),
         ({"prompt": [10**9]}, "vocabulary"),
-        ({"prompt": ""}, "empty"),
         ({"prompt": {}}, "prompt"),
     ],
 )
