@@ -82,8 +82,8 @@ def _bare(host: str) -> str:
 
 
 def _listen_on(family: int, address: str, port: int) -> socket.socket:
-    # By its number: only to sockets that say TCP does asyncio give TCP_NODELAY, and without it every answer
-    # on a kept connection waits 40 ms for an acknowledgement.
+    # By its number: only to sockets that say TCP does asyncio give TCP_NODELAY, and without it every
+    # answer on a kept connection waits 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "nt":  # there SO_REUSEADDR would let another program take the port from us

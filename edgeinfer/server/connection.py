@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import http
-import json
 import logging
 import re
 import time
@@ -22,7 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from edgeinfer.errors import one_line
-from edgeinfer.server.errors import ApiError, ErrorType
+from edgeinfer.server.errors import ApiError
+from edgeinfer.server.refusals import CLOSE, head_too_large, malformed, refusal
 from edgeinfer.server.transport import GentleTransport
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ log = logging.getLogger("edgeinfer.server")
 access_log = logging.getLogger("edgeinfer.access")
 
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]*)(.*)", re.DOTALL)
-_TLS_HANDSHAKE = b"\x16\x03"
 _MOST_QUEUED = 16  # requests sent ahead of their answers; uvicorn starts them one after another
 
 
@@ -40,9 +39,9 @@ _MOST_QUEUED = 16  # requests sent ahead of their answers; uvicorn starts them o
 class ConnectionLimits:
     """max_connections: those beyond get a 503.
     head_timeout_s: from connecting, or on a kept connection from a request's first byte, to the end of
-    its head. keep_alive_s: between two requests. write_stall_s: how long a client may take nothing of its
-    answer. linger_s: see GentleTransport. max_head_bytes: request line and headers together; also any
-    other run of bytes that brings nothing, as an endless trailer.
+    its head. keep_alive_s: between two requests. write_stall_s: how long a client may take nothing of
+    its answer. linger_s: see GentleTransport. max_head_bytes: request line and headers together; also
+    any other run of bytes that brings nothing, as an endless trailer.
     """
 
     max_connections: int = 512
@@ -92,12 +91,13 @@ class Connection(HttpToolsProtocol):
         if num_others >= 2 * self._limits.max_connections:  # they do not even read what they are told
             self._gentle.abort()
         elif num_others >= self._limits.max_connections:
-            self._refuse(_refusal(503, f"this endpoint has {num_others} connections open; try again"))
+            self._refuse(refusal(503, f"this endpoint has {num_others} connections open; try again"))
         else:
             self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()
+        self._cancel_stall_timer()
         self._gentle.lost()
         self._disconnect_cycles()
         super().connection_lost(exc)
@@ -114,7 +114,9 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close now, or after the answer under way; no other begins."""
-        if self._running is None:
+        if self._gentle.is_lingering:
+            self._gentle.close_now()
+        elif self._running is None:
             self._gentle.close()
         else:
             self._running.keep_alive = False
@@ -127,9 +129,13 @@ class Connection(HttpToolsProtocol):
         self._stall_timer = self.loop.call_later(self._limits.write_stall_s, self._stalled)
 
     def resume_writing(self) -> None:
+        self._cancel_stall_timer()
+        super().resume_writing()
+
+    def _cancel_stall_timer(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
-        super().resume_writing()
+            self._stall_timer = None
 
     def _stalled(self) -> None:
         log.info("%s took nothing of its answer for %g s", _peer(self), self._limits.write_stall_s)
@@ -146,7 +152,7 @@ class Connection(HttpToolsProtocol):
         self._idle_bytes += len(data)
         self._feed(data)
         if self._idle_bytes > self._limits.max_head_bytes and not self._is_refused:
-            self._refuse(_head_too_large(self._limits.max_head_bytes))
+            self._refuse(head_too_large(self._limits.max_head_bytes))
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -154,7 +160,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as pause:
             self._ignore_upgrade(data[int(pause.args[0]) :])
         except httptools.HttpParserError as error:
-            self._refuse(self._refusal or _malformed(data, error))
+            self._refuse(self._refusal or malformed(data, error))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Go on as if no upgrade had been asked for, which a server may.
@@ -215,13 +221,13 @@ class Connection(HttpToolsProtocol):
         if len(self.url) > limits.max_url_bytes:
             raise self._refused_in_callback(414, f"the URL is longer than {limits.max_url_bytes} bytes")
         if self._head_bytes > limits.max_head_bytes:
-            self._refusal = _head_too_large(limits.max_head_bytes)
+            self._refusal = head_too_large(limits.max_head_bytes)
             raise self._refusal
         if len(self.headers) > limits.max_headers:
             raise self._refused_in_callback(431, f"there are more than {limits.max_headers} headers")
 
     def _refused_in_callback(self, status: int, message: str) -> ApiError:
-        self._refusal = _refusal(status, message)
+        self._refusal = refusal(status, message)
         return self._refusal
 
     def on_body(self, body: bytes) -> None:
@@ -254,7 +260,7 @@ class Connection(HttpToolsProtocol):
             self._gentle.close()
         else:
             timeout_s = self._limits.head_timeout_s
-            self._refuse(_refusal(408, f"the request's head did not arrive within {timeout_s:g} s"))
+            self._refuse(refusal(408, f"the request's head did not arrive within {timeout_s:g} s"))
 
     def _cancel_timers(self) -> None:
         self._cancel_head_timer()
@@ -287,10 +293,10 @@ class Connection(HttpToolsProtocol):
         try:
             await app(cycle.scope, cycle.receive, send)
         except asyncio.CancelledError:  # the server's time to shut down is over
-            await _end(cycle, send, _refusal(503, "this endpoint is shutting down"))
+            await _say(cycle, send, refusal(503, "this endpoint is shutting down"))
         except Exception as error:
             log.error("a request failed outside the guard", exc_info=error)
-            await _end(cycle, send, _refusal(500, "something failed inside edgeinfer; see its log"))
+            await _say(cycle, send, refusal(500, "something failed inside edgeinfer; see its log"))
         finally:
             is_whole = cycle.response_complete
             if not is_whole and not cycle.disconnected:
@@ -320,65 +326,25 @@ class Connection(HttpToolsProtocol):
         self._gentle.close()
 
     def _write(self, error: ApiError) -> None:
-        content = json.dumps(error.body).encode()
-        headers = [
-            *self.server_state.default_headers,
-            *((name.encode(), value.encode()) for name, value in error.headers.items()),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-            (b"connection", b"close"),
-        ]
+        headers, content = error.on_the_wire()
         phrase = http.HTTPStatus(error.status).phrase.encode()
         lines = [b"HTTP/1.1 %d %s\r\n" % (error.status, phrase)]
-        lines += [b"%s: %s\r\n" % header for header in headers]
+        for header in (*self.server_state.default_headers, *headers, CLOSE):
+            lines.append(b"%s: %s\r\n" % header)
         self._gentle.write(b"".join([*lines, b"\r\n", content]))
 
 
-async def _end(cycle: RequestResponseCycle, send: Callable[[Message], Any], error: ApiError) -> None:
-    """Say why there is no answer, if none has begun."""
+async def _say(cycle: RequestResponseCycle, send: Callable[[Message], Any], error: ApiError) -> None:
+    """Why there is no answer, if none has begun."""
     if cycle.response_started or cycle.disconnected:
         return
-    content = json.dumps(error.body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    headers, content = error.on_the_wire()
+    await send({"type": "http.response.start", "status": error.status, "headers": [*headers, CLOSE]})
     await send({"type": "http.response.body", "body": content})
 
 
 def _nothing() -> None:
     pass
-
-
-_CODES: dict[int, tuple[ErrorType, str]] = {
-    400: ("invalid_request_error", "malformed_request"),
-    405: ("invalid_request_error", "method_not_allowed"),
-    408: ("invalid_request_error", "request_timeout"),
-    414: ("invalid_request_error", "url_too_long"),
-    429: ("rate_limit_error", "too_many_requests"),
-    431: ("invalid_request_error", "headers_too_large"),
-    500: ("server_error", "internal_error"),
-    503: ("server_error", "unavailable"),
-    505: ("invalid_request_error", "http_version_not_supported"),
-}
-
-
-def _refusal(status: int, message: str) -> ApiError:
-    kind, code = _CODES[status]
-    headers = {"retry-after": "1"} if status in (429, 503) else {}
-    return ApiError(status, message, kind, code=code, headers=headers)
-
-
-def _head_too_large(max_head_bytes: int) -> ApiError:
-    return _refusal(431, f"the request's head is larger than {max_head_bytes} bytes")
-
-
-def _malformed(data: bytes, error: Exception) -> ApiError:
-    if data.startswith(_TLS_HANDSHAKE):
-        return _refusal(400, "this endpoint speaks http, not https; change the address's beginning")
-    return _refusal(400, f"this is not an HTTP request that can be read ({type(error).__name__})")
 
 
 def _peer(connection: Connection) -> str:

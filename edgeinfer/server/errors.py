@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from edgeinfer.errors import (
     WorkerDied,
     one_line,
 )
+
+Headers = list[tuple[bytes, bytes]]
 
 # OpenAI's vocabulary, and llama-server's word for a prompt that does not fit.
 ErrorType = Literal[
@@ -61,6 +64,14 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, object]:
         return error_body(str(self), self.type, self.param, self.code)
+
+    def on_the_wire(self) -> tuple[Headers, bytes]:
+        """Headers and content, as ASGI has them."""
+        content = json.dumps(self.body).encode()
+        headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+        headers.append((b"content-type", b"application/json"))
+        headers.append((b"content-length", str(len(content)).encode()))
+        return headers, content
 
 
 def internal_error(request_id: str) -> ApiError:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import TYPE_CHECKING
 
-from edgeinfer.server.errors import ApiError
+from edgeinfer.server.errors import ApiError, Headers
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Send
 
-Headers = list[tuple[bytes, bytes]]
+
+class BodyBudget:
+    """Bytes of all bodies together that wait for their answers to begin. Hundreds of connections with
+    one body each, none of them too large, would fill the memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
 
 
 class Exchange:
@@ -25,7 +31,14 @@ class Exchange:
     """
 
     def __init__(
-        self, receive: Receive, send: Send, *, has_body: bool, max_bytes: int, timeout_s: float
+        self,
+        receive: Receive,
+        send: Send,
+        *,
+        has_body: bool,
+        max_bytes: int,
+        timeout_s: float,
+        budget: BodyBudget,
     ) -> None:
         self.headers: Headers = []  # of every answer; they replace the app's own of the same names
         self.is_begun = False
@@ -37,7 +50,9 @@ class Exchange:
         self._body_done = False
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._budget = budget
         self._num_bytes = 0
+        self._held_bytes = 0
         self._waited_s = 0.0
 
     async def receive(self) -> Message:
@@ -65,11 +80,25 @@ class Exchange:
         finally:
             self._waited_s += time.monotonic() - begin
         if message["type"] == "http.request":
-            self._num_bytes += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._num_bytes += size
             if self._num_bytes > self._max_bytes:
                 return await self._refused_while_reading(too_large(self._max_bytes))
+            if self._budget.held + size > self._budget.max_bytes:
+                return await self._refused_while_reading(_too_much_at_once())
+            self._hold(size)
             self._body_done = not message.get("more_body", False)
         return message
+
+    def _hold(self, size: int) -> None:
+        if not self.is_begun:
+            self._held_bytes += size
+            self._budget.held += size
+
+    def release(self) -> None:
+        """To be called at the end, however it ends."""
+        self._budget.held -= self._held_bytes
+        self._held_bytes = 0
 
     async def _refused_while_reading(self, error: ApiError) -> Message:
         await self.refuse(error)
@@ -80,6 +109,7 @@ class Exchange:
             return
         if message["type"] == "http.response.start":
             self.is_begun = True
+            self.release()
             message = {**message, "headers": self._with_ours(list(message.get("headers", ())))}
         await self._send(message)
 
@@ -99,15 +129,10 @@ class Exchange:
     async def refuse(self, error: ApiError) -> None:
         """Answer in the app's place. Where its answer has begun, that is broken off instead."""
         if not self.is_begun:
-            content = json.dumps(error.body).encode()
-            headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-            headers.append((b"content-type", b"application/json"))
-            await self.answer(error.status, headers, content)
+            await self.answer(error.status, *error.on_the_wire())
         self.is_refused = True
 
     async def answer(self, status: int, headers: Headers, content: bytes = b"") -> None:
-        if status != 204:
-            headers = [*headers, (b"content-length", str(len(content)).encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": content})
 
@@ -118,4 +143,14 @@ def too_large(max_bytes: int) -> ApiError:
         f"the request's body is larger than {max_bytes} bytes, which is the most this endpoint takes",
         "invalid_request_error",
         code="request_too_large",
+    )
+
+
+def _too_much_at_once() -> ApiError:
+    return ApiError(
+        503,
+        "too many large requests come at once; try again",
+        "server_error",
+        code="unavailable",
+        headers={"retry-after": "1"},
     )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.errors import EdgeInferError, one_line
 from edgeinfer.server.api_keys import ApiKeys
-from edgeinfer.server.errors import ApiError, as_api_error, internal_error
-from edgeinfer.server.exchange import Exchange, Headers, too_large
+from edgeinfer.server.errors import ApiError, Headers, as_api_error, internal_error
+from edgeinfer.server.exchange import BodyBudget, Exchange, too_large
 from edgeinfer.server.hosts import Authority, HostRules, OriginRules, parse_authority
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class GuardSettings:
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    max_bodies_bytes: int = 128 << 20  # of all requests whose answers have not begun
     body_timeout_s: float = 30.0
     open_paths: frozenset[str] = frozenset({"/health"})
 
@@ -55,6 +56,7 @@ class Guard:
         self._settings = settings or GuardSettings()
         self._hosts = HostRules(self._settings.allow_hosts)
         self._origins = OriginRules(self._settings.allow_origins)
+        self._budget = BodyBudget(self._settings.max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,6 +75,7 @@ class Guard:
             has_body=head.has_body,
             max_bytes=self._settings.max_body_bytes,
             timeout_s=self._settings.body_timeout_s,
+            budget=self._budget,
         )
         request_id = head.request_id()
         exchange.headers.append((b"x-request-id", request_id.encode()))
@@ -88,6 +91,8 @@ class Guard:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception as error:
             await _failed(exchange, error, request_id)
+        finally:
+            exchange.release()
 
     def _check_names(self, head: _Head, exchange: Exchange) -> bytes | None:
         """The page's origin, where there is one. Raises ApiError."""

@@ -99,6 +99,7 @@ class SampleApp:
     async def _think(self, scope: Any, receive: Any, send: Any) -> None:
         """Says nothing until the client leaves."""
         await _body(receive)
+        self.seen.put("thinking")
         while (await receive())["type"] != "http.disconnect":
             pass
         self.seen.put("left")

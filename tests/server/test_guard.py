@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import psutil
@@ -322,6 +323,27 @@ def test_a_chunked_body_is_counted_while_it_comes(endpoint: Served) -> None:
         client.send(b"%x\r\n" % (GUARD.max_body_bytes + 1) + bytes(GUARD.max_body_bytes + 1))
         assert client.answer().status == 413
     endpoint.app.wait_for("left while sending")
+
+
+def test_bodies_that_are_too_much_together_are_refused_until_others_are_answered() -> None:
+    body = bytes(GUARD.max_body_bytes)
+    with (
+        served(replace(GUARD, max_bodies_bytes=2 * len(body))) as it,
+        ExitStack() as clients,
+    ):
+        waiting = [clients.enter_context(it.connect()) for _ in range(2)]
+        for client in waiting:
+            client.send_request("/think", body)
+            it.app.wait_for("thinking")
+        with it.connect() as client:
+            answer = client.ask("/echo", body)
+        assert (answer.status, answer.code) == (503, "unavailable")
+        assert answer.headers["retry-after"] == "1"
+        waiting[0].close()
+        it.app.wait_for("left")
+        for _ in range(5):  # whose own bytes are given back each time
+            with it.connect() as client:
+                assert client.ask("/echo", body).status == 200
 
 
 @pytest.mark.parametrize("framing", [{"content_length": "10"}, {"transfer_encoding": "chunked"}])
