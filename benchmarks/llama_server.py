@@ -22,11 +22,16 @@ HOST = "127.0.0.1"
 _TRIES = 3
 
 
+# Nothing of one answer may help or slow the next one.
+_NO_CACHE = ("--cache-ram", "0", "--slot-prompt-similarity", "0", "--no-cache-prompt")
+
+
 class LlamaServer:
     """A running llama-server, as a context manager.
 
     threads: None leaves them to the server. context: tokens of each of the `slots`. unified: one KV
-    cache for all slots; left to itself, the server has one for each. program: default the peer built by
+    cache for all slots; left to itself, the server has one for each. cache_prompts: as it does by itself.
+    program: default the peer built by
     `benchmarks.peers`.
     `__enter__` returns when it is healthy and raises PeerError if that takes more than `start_s`.
     """
@@ -42,6 +47,7 @@ class LlamaServer:
         kv_type_v: str = "f16",
         flash_attention: bool = True,
         unified: bool = False,
+        cache_prompts: bool = False,
         program: Path | None = None,
         start_s: float = 120.0,
         answer_s: float = 600.0,
@@ -55,8 +61,7 @@ class LlamaServer:
             *("--cache-type-k", kv_type_k, "--cache-type-v", kv_type_v),
             *("--flash-attn", "on" if flash_attention else "off"),
             "--kv-unified" if unified else "--no-kv-unified",
-            # Nothing of one answer may help or slow the next one.
-            *("--cache-ram", "0", "--slot-prompt-similarity", "0", "--no-cache-prompt"),
+            *([] if cache_prompts else _NO_CACHE),
             *("--threads-http", str(slots + 2), "--no-webui", "--offline"),
         ]
         self._start_s = start_s
@@ -64,6 +69,10 @@ class LlamaServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -139,7 +148,7 @@ class LlamaServer:
         return [result for result in found if isinstance(result, Stream)]
 
     def _start(self) -> None:
-        self._port = _free_port()
+        self._port = free_port()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
         command = [*self._command, "--port", str(self._port)]
         try:
@@ -232,7 +241,7 @@ def _check(last: dict[str, Any], prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -26,7 +26,7 @@ from edgeinfer.server.chat import ChatJob
 from edgeinfer.server.completions import CompletionJob
 from edgeinfer.server.disconnect import unless_gone
 from edgeinfer.server.embeddings import EmbeddingJob
-from edgeinfer.server.errors import ApiError, as_api_error, invalid
+from edgeinfer.server.errors import ApiError, as_api_error, internal_error, invalid
 from edgeinfer.server.openai_replies import model_object
 from edgeinfer.server.openai_requests import (
     ChatRequest,
@@ -221,6 +221,10 @@ def _add_error_replies(app: FastAPI) -> None:
     @app.exception_handler(EdgeInferError)
     async def ours(_: HttpRequest, error: EdgeInferError) -> Response:
         return _error_reply(as_api_error(error))
+
+    @app.exception_handler(Exception)
+    async def bug(http: HttpRequest, error: Exception) -> Response:
+        return _error_reply(internal_error(http.state.request_id))
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: HttpRequest, error: RequestValidationError) -> Response:
