@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import IO, Any
 
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.request import (
     CacheStats,
     Ended,
@@ -87,13 +88,14 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "ignore_eos": request.ignore_eos,
         "logprobs": request.logprobs,
         "overflow": request.overflow,
+        "constraint": None if request.constraint is None else asdict(request.constraint),
     }
 
 
 def request_from_wire(data: Mapping[str, Any]) -> Request:
     sampling = dict(data["sampling"])
     sampling["logit_bias"] = tuple((int(t), float(b)) for t, b in sampling["logit_bias"])
-    tokens = data["tokens"]
+    tokens, constraint = data["tokens"], data["constraint"]
     return Request(
         prompt=data["prompt"],
         tokens=None if tokens is None else tuple(tokens),
@@ -103,6 +105,7 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         ignore_eos=data["ignore_eos"],
         logprobs=data["logprobs"],
         overflow=data["overflow"],
+        constraint=None if constraint is None else Constraint(**constraint),
     )
 
 

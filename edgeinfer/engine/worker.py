@@ -28,7 +28,9 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from edgeinfer.backend import RuntimeSettings
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.engine import Engine, Events
+from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
 from edgeinfer.engine.tuner import Tuner
@@ -101,7 +103,13 @@ class Worker:
                 self._send({"ev": "refused", "key": key, "error": command["error"]})
             else:
                 self._tell(
-                    engine.submit(key, command["request"], command["tokens"], command["received"])
+                    engine.submit(
+                        key,
+                        command["request"],
+                        command["tokens"],
+                        command["received"],
+                        command.get("matcher"),
+                    )
                 )
         elif kind == "cancel" and engine is not None:
             self._tell(engine.cancel(command["key"]))
@@ -246,6 +254,7 @@ class Worker:
             try:
                 command["request"] = request_from_wire(command["request"])
                 command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
+                command["matcher"] = self._match(command["request"].constraint)
             except (EdgeInferError, ValueError, KeyError, TypeError) as error:
                 command["error"] = str(error)
         elif kind == "count":
@@ -265,6 +274,15 @@ class Worker:
         )
         if ends_step and engine is not None and engine.runtime.facts.can.abort:
             engine.runtime.abort()
+
+    def _match(self, constraint: Constraint | None) -> Matcher | None:
+        """Made here, as nobody waits for this thread. None: the engine is to say why there is none."""
+        engine = self._engine
+        if constraint is None or engine is None or not engine.runtime.facts.can.token_masks:
+            return None
+        with contextlib.suppress(EdgeInferError):
+            return engine.grammars.matcher(constraint)
+        return None
 
     def _tokenize(self, prompt: str | None, tokens: Iterable[int] | None) -> list[int]:
         if tokens is not None:
