@@ -50,6 +50,7 @@ KEYS: Mapping[str, Kind] = {
     "max-tokens": "whole",
     "system": "text",
     "stop": "texts",
+    "schema": "text",
     "raw": "switch",
     "suite": "text",
     "prompt-tokens": "counts",

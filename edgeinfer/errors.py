@@ -15,6 +15,7 @@
     ├── TemplateError             a chat template raised, looped or broke its sandbox
     ├── ToolsInvalid              a request's tools or tool_choice cannot be right
     ├── PromptTooLong             carries both numbers
+    ├── ConstraintInvalid         a schema or grammar that answers cannot be held to; carries the keyword
     ├── BackendError
     │   ├── BackendUnavailable    not installed or not usable here, with the reason
     │   ├── LoadFailed            the framework refused the model
@@ -114,6 +115,19 @@ class PromptTooLong(EdgeInferError):
         )
         self.prompt_tokens = prompt_tokens
         self.context = context
+
+
+class ConstraintInvalid(EdgeInferError):
+    """What an answer is to be cannot be enforced, or is not well-formed.
+
+    keyword: of the schema, where one is to blame (None over the wire, and for other constraints).
+    """
+
+    keyword: str | None = None
+
+    def __init__(self, message: str, keyword: str | None = None) -> None:
+        super().__init__(message)
+        self.keyword = keyword
 
 
 class BackendError(EdgeInferError):

@@ -172,6 +172,15 @@ Stop = Annotated[
     list[str] | None,
     _option("stop", "Text that ends the answer; may be given several times.", "TEXT", _ANSWER),
 ]
+Schema = Annotated[
+    str | None,
+    _option(
+        "schema",
+        "Answer in JSON that fits the JSON schema in FILE; - reads standard input.",
+        "FILE",
+        _ANSWER,
+    ),
+]
 Suite = Annotated[
     str,
     _option("suite", "speed: one request at a time; concurrency: several at once.", "NAME", _MEASURE),

@@ -54,6 +54,7 @@ def run(
     max_tokens: options.MaxTokens = None,
     system: options.System = None,
     stop: options.Stop = None,
+    schema: options.Schema = None,
     raw: options.Raw = False,
     quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
@@ -62,6 +63,7 @@ def run(
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from edgeinfer.cli.opening import attached, open_options, puller
     from edgeinfer.cli.output import StatusLine
+    from edgeinfer.cli.schema_file import read_constraint
     from edgeinfer.client import Client, LocalClient, Message, Request
     from edgeinfer.sampling import SamplingParams
 
@@ -91,6 +93,9 @@ def run(
         kv_type_v=kv_type_v,
         cache_ram=cache_ram,
     )
+    if schema == "-" and arguments[-1] == "-":
+        raise UsageError("standard input can be the prompt or the schema, not both; put one into a file")
+    constraint = None if schema is None else read_constraint(schema)
     prompt = _read_prompt(arguments[-1], raw=raw)
     options.check_text("--system", system)
     for text in stop or ():
@@ -104,6 +109,7 @@ def run(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
+        constraint=constraint,
     )
     status = StatusLine(enabled=not quiet)
 

@@ -218,7 +218,9 @@ class LocalClient(Client):
             tools=list(request.tools) or None,
             options=dict(request.template_options),
         )
-        stop = (*request.stop, *self._plan.template.stop) if self._plan else request.stop
+        stop = request.stop
+        if self._plan and not (request.constraint is not None and request.constraint.is_json):
+            stop = (*stop, *self._plan.template.stop)  # which may be part of a text in JSON
         return replace(request, messages=None, tools=(), prompt=prompt, stop=stop)
 
     def count_tokens(self, request: Request) -> int:

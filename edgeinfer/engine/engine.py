@@ -15,10 +15,12 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import Runtime, Sampler, SequenceStep, Step
 from edgeinfer.engine.detokenizer import Detokenizer
+from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.prefix_cache import PrefixCache, common_length
 from edgeinfer.engine.request import (
     CacheStats,
@@ -45,6 +47,7 @@ from edgeinfer.errors import (
     EdgeInferError,
     OutOfCells,
     PromptTooLong,
+    RequestFailed,
     SnapshotRejected,
     StepAborted,
     StepFailed,
@@ -59,6 +62,10 @@ Events = list[tuple[int, Event]]
 
 PREFILL_SLICE_S = 0.2  # a prompt beside running streams gets chunks of about this long
 FIRST_SLICE = 64  # tokens of such a chunk where nothing tells how long one takes
+NO_STOP_STRINGS = "stop strings do not end an answer that is JSON: they may be in its text"
+CLOSED_EARLY = (
+    "the answer was brought to its end within its limit of tokens; a larger one lets it say more"
+)
 BUSY = "other programs keep the processor busy: fewer threads answered for a while"
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
@@ -98,6 +105,7 @@ class Engine:
         self.model = model
         self.max_running = max_running
         self.prefixes = PrefixCache(cache_bytes if runtime.facts.can.snapshot else 0)
+        self.grammars = Grammars(runtime.tokenizer, runtime.facts.vocab_size)
         self._waiting: list[RunningRequest] = []
         self._running: list[RunningRequest] = []
         self._idle: list[LiveSequence] = []  # least recently used first
@@ -121,26 +129,43 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def submit(
-        self, key: int, request: Request, tokens: Sequence[int], submitted: float | None = None
+        self,
+        key: int,
+        request: Request,
+        tokens: Sequence[int],
+        submitted: float | None = None,
+        matcher: Matcher | None = None,
     ) -> Events:
         """Take a request whose prompt is `tokens`. Returns its refusal, or nothing yet.
 
-        submitted: perf_counter() of when the user asked, for TTFT.
+        submitted: perf_counter() of when the user asked, for TTFT. matcher: of the request's constraint,
+        from `grammars`; None: made here, which takes milliseconds and the first time half a second.
         """
         facts = self.runtime.facts
         seed = request.sampling.seed
+        warnings = []
+        if request.constraint is not None and request.constraint.is_json and request.stop:
+            request = replace(request, stop=())
+            warnings.append(NO_STOP_STRINGS)
         running = RunningRequest(
             key,
             request,
             tuple(tokens),
             secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
             Detokenizer(request.stop),
+            matcher=matcher,
+            warnings=warnings,
         )
         if submitted is not None:
             running.submitted = submitted
         refusal = self.refusal(request, tokens)
         if refusal is not None:
             return [(key, self._failure(running, refusal))]
+        if request.constraint is not None and matcher is None:
+            try:
+                running.matcher = self.grammars.matcher(request.constraint)
+            except EdgeInferError as error:
+                return [(key, self._failure(running, error))]
         self._waiting.append(running)
         return []
 
@@ -151,6 +176,8 @@ class Engine:
             return BackendUnavailable(
                 f"{facts.backend} makes no embeddings; use a model that another backend runs"
             )
+        if request.constraint is not None and not facts.can.token_masks:
+            return RequestFailed(f"{facts.backend} cannot hold answers to a form (no token masks)")
         if not tokens:
             return UsageError("the prompt is empty; say something")
         if len(tokens) >= facts.context:
@@ -343,8 +370,11 @@ class Engine:
         runtime, request = self.runtime, running.request
         assert running.sampler is not None
         try:
-            token = runtime.sample(row, running.sampler)
-        except (StepFailed, ValueError) as error:
+            if running.matcher is None:
+                token = runtime.sample(row, running.sampler)
+            else:
+                token = self._sample_within(running, running.matcher, running.sampler, row)
+        except (StepFailed, RequestFailed, ValueError) as error:
             failure = error if isinstance(error, EdgeInferError) else StepFailed(str(error))
             self._events += self._end(running, "failed", "stop", failure)
             return
@@ -363,12 +393,30 @@ class Engine:
             return
         running.tokens.append(token)
         reason: FinishReason | None = running.length_reason(runtime.facts.context)
-        if request.stop:
-            running.read(runtime.tokenizer)
-            if running.detokenizer.stopped_by is not None:
-                reason = "stop"
+        if running.has_own_end and self._is_at_end(running):
+            reason = "stop"
         if reason is not None:
             self._events += self._end(running, "finished", reason)
+
+    def _is_at_end(self, running: RunningRequest) -> bool:
+        """Whether a stop string was met, or the grammar has no more to say (its end token costs a step)."""
+        if running.request.stop:
+            running.read(self.runtime.tokenizer)
+            if running.detokenizer.stopped_by is not None:
+                return True
+        return running.matcher is not None and running.matcher.is_over
+
+    def _sample_within(
+        self, running: RunningRequest, matcher: Matcher, sampler: Sampler, row: int
+    ) -> int:
+        """Draw one token of a constrained answer. Raises RequestFailed, StepFailed, ValueError."""
+        runtime = self.runtime
+        token = runtime.sample(row, sampler, matcher.mask())
+        if not runtime.tokenizer.is_end(token):
+            return matcher.accept(token, running.tokens_left(runtime.facts.context) - 1)
+        if not matcher.may_end:
+            raise RequestFailed("the answer ended before its form was complete")
+        return token
 
     def _tell_texts(self) -> None:
         """What was answered since text was last told; later, if that was just now and the next step is
@@ -426,6 +474,10 @@ class Engine:
             self._num_embedding -= running.request.embedding
         running.read(self.runtime.tokenizer)
         running.untold += running.detokenizer.finish()
+        if running.matcher is not None:
+            if running.matcher.closed_early:
+                running.warnings.append(CLOSED_EARLY)
+            running.matcher = None
         events: Events = running.take_untold()
         stats = self._stats(running, reason)
         if running.sampler is not None:

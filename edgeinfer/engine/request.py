@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from edgeinfer.constraint import Constraint
 from edgeinfer.errors import UsageError
 from edgeinfer.sampling import SamplingParams
 
@@ -35,6 +36,8 @@ class Request:
     """One answer to make. Exactly one of `messages`, `prompt` and `tokens` is given.
 
     messages: rendered by the model's chat template. prompt: taken as text, no template.
+    constraint: what the answer has to be. An answer that ends with `stop` is that, whole; `length` may cut
+    it off. JSON has no stop strings: they may be in its text, so they do not end it, and a warning says so.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -46,6 +49,7 @@ class Request:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token's and the n likeliest others'
     overflow: Overflow = "error"
+    constraint: Constraint | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
@@ -64,6 +68,8 @@ class Request:
             raise UsageError(f"--stop: a string must have 1 to {MAX_STOP_CHARACTERS} characters")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise UsageError(f"logprobs {self.logprobs} is outside [0, 20]")
+        if self.constraint is not None and self.ignore_eos:
+            raise UsageError("an answer with a constraint ends where that ends: leave out ignore_eos")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.backend import Sampler, SequenceStep, Step
 from edgeinfer.engine.detokenizer import Detokenizer
+from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.request import CacheTier, Event, FinishReason, Request, Text, TokenLogprob
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class RunningRequest:
     cache_tier: CacheTier = "none"
     handle: int | None = None  # the runtime's sequence
     sampler: Sampler | None = None
+    matcher: Matcher | None = None  # of a constrained answer
     num_read: int = 0  # of `tokens`, those whose text was worked out
     untold: str = ""  # text and log-probabilities that no event has told yet
     untold_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -41,12 +43,14 @@ class RunningRequest:
     evicted: int = 0
     hidden_sum: list[float] = field(default_factory=list)  # of an embedding's tokens so far
     warnings: list[str] = field(default_factory=list)
+    has_own_end: bool = False  # that no end token says: stop strings, or a grammar's
     _decode_token: list[int] = field(default_factory=lambda: [0])
     _decode_step: Step | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.num_read = len(self.prompt)
+        self.has_own_end = bool(self.request.stop) or self.request.constraint is not None
 
     @property
     def num_answered(self) -> int:
@@ -90,6 +94,12 @@ class RunningRequest:
         self.untold = ""
         self.untold_logprobs.clear()
         return [(self.key, told)]
+
+    def tokens_left(self, context: int) -> int:
+        """That the answer may still get, see `length_reason`."""
+        left = context + 1 - len(self.tokens)
+        limit = self.request.max_tokens
+        return left if limit is None else min(left, limit - self.num_answered)
 
     def length_reason(self, context: int) -> FinishReason | None:
         """ "length" once the answer may not grow: asked-for size reached, or the context is full (the

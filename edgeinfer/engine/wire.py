@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import IO, Any
 
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.request import (
     CacheStats,
     Embedded,
@@ -92,13 +93,14 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "embedding": request.embedding,
         "asked_by": request.asked_by,
         "visible_tokens": request.visible_tokens,
+        "constraint": None if request.constraint is None else asdict(request.constraint),
     }
 
 
 def request_from_wire(data: Mapping[str, Any]) -> Request:
     sampling = dict(data["sampling"])
     sampling["logit_bias"] = tuple((int(t), float(b)) for t, b in sampling["logit_bias"])
-    tokens = data["tokens"]
+    tokens, constraint = data["tokens"], data["constraint"]
     return Request(
         prompt=data["prompt"],
         tokens=None if tokens is None else tuple(tokens),
@@ -111,6 +113,7 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         embedding=data["embedding"],
         asked_by=data["asked_by"],
         visible_tokens=tuple(data["visible_tokens"]),
+        constraint=None if constraint is None else Constraint(**constraint),
     )
 
 

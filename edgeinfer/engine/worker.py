@@ -28,7 +28,9 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from edgeinfer.backend import RuntimeSettings
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.engine import Engine, Events
+from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
 from edgeinfer.engine.request import Queued
@@ -103,7 +105,13 @@ class Worker:
                 self._refuse(key, command["error"])
             else:
                 self._tell(
-                    engine.submit(key, command["request"], command["tokens"], command["received"])
+                    engine.submit(
+                        key,
+                        command["request"],
+                        command["tokens"],
+                        command["received"],
+                        command.get("matcher"),
+                    )
                 )
         elif kind == "cancel" and engine is not None:
             self._tell(engine.cancel(command["key"]))
@@ -252,6 +260,7 @@ class Worker:
             try:
                 command["request"] = request_from_wire(command["request"])
                 command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
+                command["matcher"] = self._match(command["request"].constraint)
                 self._tell_queued(command)
             except (EdgeInferError, ValueError, KeyError, TypeError) as error:
                 command["error"] = error
@@ -270,6 +279,14 @@ class Worker:
         )
         if ends_step and engine is not None and engine.runtime.facts.can.abort:
             engine.runtime.abort()
+
+    def _match(self, constraint: Constraint | None) -> Matcher | None:
+        """Made here, as nobody waits for this thread. None where the engine will refuse the request.
+        Raises ConstraintInvalid."""
+        engine = self._engine
+        if constraint is None or engine is None or not engine.runtime.facts.can.token_masks:
+            return None
+        return engine.grammars.matcher(constraint)
 
     def _tell_queued(self, command: Mapping[str, Any]) -> None:
         """Told from here: the main thread may be in a long step, and whoever asks wants to know."""

@@ -9,12 +9,14 @@ from types import MappingProxyType
 from typing import Literal
 
 from edgeinfer.errors import (
+    ConstraintInvalid,
     EdgeInferError,
     HubUnreachable,
     ModelNotFound,
     ModelTooLarge,
     PromptTooLong,
     TemplateError,
+    ToolsInvalid,
     UsageError,
     WorkerDied,
     one_line,
@@ -109,6 +111,8 @@ class Mapped:
 STATUS_OF: dict[type[EdgeInferError], Mapped] = {
     EdgeInferError: Mapped(500, "server_error"),
     UsageError: Mapped(400, "invalid_request_error"),
+    ConstraintInvalid: Mapped(400, "invalid_request_error", "unsupported_schema"),
+    ToolsInvalid: Mapped(400, "invalid_request_error", "invalid_tools"),
     TemplateError: Mapped(400, "invalid_request_error", "template_error"),
     PromptTooLong: Mapped(400, "exceed_context_size_error", "context_length_exceeded"),
     ModelNotFound: Mapped(404, "not_found_error", "model_not_found"),

@@ -1,0 +1,515 @@
+"""What a schema may say: enforced, an annotation, or refused by its name; and never a crash."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import Any, Literal
+
+import jsonschema_specifications
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeinfer.constraint import Constraint, check_constraint, checked_schema
+from edgeinfer.constraint.json_schema import MAX_MULTIPLE, MAX_REFERENCES
+from edgeinfer.constraint.keywords import ANNOTATIONS, ENFORCED, REFUSED
+from edgeinfer.constraint.patterns import PatternRefused, portable_pattern
+from edgeinfer.constraint.schema_text import MAX_BYTES, MAX_CHOICES, MAX_DEPTH, MAX_VALUES
+from edgeinfer.errors import ConstraintInvalid, error_from_wire
+from tests.grammar_walk import matcher_of, takes, takes_text, walk
+
+
+def check(schema: object) -> None:
+    check_constraint(Constraint("json_schema", json.dumps(schema)))
+
+
+def refusal(schema: object) -> ConstraintInvalid:
+    with pytest.raises(ConstraintInvalid) as caught:
+        check(schema)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("response_format: ")
+    return caught.value
+
+
+def test_every_keyword_of_the_standard_has_its_place() -> None:
+    known = ENFORCED | ANNOTATIONS | REFUSED.keys()
+    for resource in jsonschema_specifications.REGISTRY.values():
+        found = set(resource.contents.get("properties", {}))
+        assert found <= known | {"$recursiveAnchor"}, resource.id()
+    assert not ENFORCED & ANNOTATIONS and not known & {"maxlength", "x-foo"}
+
+
+TREE = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "n": {"$ref": "#"}},
+    "required": ["v"],
+}
+FIRST_RESTS = {"prefixItems": [{"type": "integer"}], "items": {"type": "string"}}
+OLD_TUPLE = {"type": "array", "items": [{"type": "integer"}], "additionalItems": {"type": "string"}}
+DICT = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer"}, [0, -7, 123], ["1", True, None, 1.5, []]),
+        ({"type": ["string", "null"]}, ["a", None], [1, {}]),
+        ({"enum": [1, "a", None, True, {"a": [1]}]}, [1, "a", None, True, {"a": [1]}], [2, False, "b"]),
+        ({"const": {"a": [1, "x"]}}, [{"a": [1, "x"]}], [{"a": [1]}, {}]),
+        ({"enum": ["a", "b", 1], "type": "string"}, ["a", "b"], [1]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "é😀x"], ["a", "abcd"]),
+        ({"minLength": 2.0}, ["ab"], ["a"]),
+        ({"type": "string", "pattern": "^a+$"}, ["aa"], ["b", "ab"]),
+        ({"type": "string", "pattern": "b"}, ["abc"], ["ac"]),
+        ({"minimum": 3, "maximum": 11}, [3, 11, 4.5], [2, 12, "x"]),
+        ({"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 5}, [4], [3, 5]),
+        ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, [4], [3]),
+        ({"type": "integer", "multipleOf": 5}, [0, -15, 20], [3]),
+        ({"type": "number", "multipleOf": 0.5}, [1.5, 2], [1.25]),
+        ({"type": "integer", "format": "uint8"}, [0, 255], [-1, 256]),
+        ({"type": "integer", "format": "int32", "minimum": 5}, [5, 2**31 - 1], [4, 2**31]),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, [[1], [1, 2]],
+         [[], [1, 2, 3], ["a"]]),
+        (FIRST_RESTS, [[], [1], [1, "a"]], [["a"], [1, 1]]),
+        (OLD_TUPLE, [[], [1], [1, "a"]], [["a"], [1, 1]]),
+        ({"prefixItems": [{"type": "integer"}], "additionalItems": False}, [[1, "x"]], [["x"]]),
+        ({"type": "array", "uniqueItems": False}, [[1, 1]], [1]),
+        (DICT, [{}, {"a": 1, "b": 2}], [{"a": "x"}]),
+        ({**DICT, "properties": {"a": {"type": "string"}}}, [{"a": "x", "b": 1}], [{"a": 1}, {"b": "x"}]),
+        ({**DICT, "required": ["a"]}, [{"a": 1}], [{}, {"a": "x"}]),
+        ({**DICT, "minProperties": 1}, [{"a": 1}], [{}]),
+        ({**DICT, "maxProperties": 1}, [{}, {"a": 1}], [{"a": 1, "b": 2}]),
+        ({"properties": {"a": {}, "b": {}}, "minProperties": 1}, [{"a": 1}, {"b": 1}], [{}]),
+        ({"properties": {"a": {}, "b": {}}, "maxProperties": 1}, [{}, {"b": 1}], [{"a": 1, "b": 2}]),
+        ({"properties": {"a": {}, "b": {}}, "maxProperties": 2}, [{"a": 1, "b": 1}], [{"c": 1}]),
+        ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
+         [{"ab": 1}], [{"ab": "x"}, {"b": 1}]),
+        ({**DICT, "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}, {"x": 1, "y": 2}], [{"z": 1}]),
+        ({**DICT, "propertyNames": {"pattern": "^[a-c]$"}}, [{"a": 1}], [{"d": 1}, {"a": "x"}]),
+        ({**DICT, "propertyNames": {"type": "string"}}, [{"z": 1}], [{"z": "x"}]),
+        ({"allOf": [{"minimum": 3}, {"maximum": 4}], "type": "integer"}, [3], [2, 5]),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
+        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
+        ({"oneOf": [{"const": 1}, {"const": True}, {"enum": ["a"]}]}, [1, True, "a"], ["b"]),
+        (TREE, [{"v": 1}, {"v": 1, "n": {"v": 2}}], [{}, {"v": 1, "n": {}}]),
+        ({"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "integer"}}}, [1], ["x"]),
+        ({"$ref": "#/items/0", "items": [{"type": "array"}]}, [[]], [1]),
+        (True, [1, "a", None, [], {"a": 1}], []),
+        ({}, [1, {"a": {}}], []),
+    ],
+)  # fmt: skip
+def test_what_is_taken_is_enforced(schema: object, good: list[Any], bad: list[Any]) -> None:
+    check(schema)
+    assert [value for value in good if not takes(schema, value)] == []
+    assert [value for value in bad if takes(schema, value)] == []
+
+
+FORMATS = {
+    "date": (["2024-02-29", "2000-02-29", "0001-12-31"], ["2023-02-29", "1900-02-29", "0000-01-01", "2024-13-01"]),
+    "time": (["23:59:59Z", "00:00:00.25+05:30"], ["24:00:00Z", "23:59:60Z", "12:00:00", "12:00"]),
+    "date-time": (["2024-02-29T10:00:00Z"], ["2023-02-29T10:00:00Z", "2024-02-28 10:00:00Z"]),
+    "email": (["a.b@example.org"], ["a", "a@", "a b@c.d"]),
+    "uuid": (["123e4567-e89b-12d3-a456-426614174000"], ["123"]),
+    "ipv4": (["127.0.0.1"], ["256.0.0.1", "1.2.3"]),
+    "ipv6": (["::1", "fe80::1:2"], ["::1::", "12345::"]),
+    "hostname": (["example.org"], ["-a.b", "a..b"]),
+    "uri": (["https://example.org/a?b=c#d"], ["example", "http://a b"]),
+    "uri-reference": (["https://example.org/a"], ["a b"]),
+    "duration": (["P1DT2H", "PT5M"], ["1h", "P"]),
+    "json-pointer": (["", "/a/0"], ["a"]),
+    "password": (["x"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_enforced(name: str) -> None:
+    good, bad = FORMATS[name]
+    schema = {"type": "string", "format": name}
+    assert [text for text in good if not takes(schema, text)] == []
+    assert [text for text in bad if takes(schema, text)] == []
+    assert takes({**schema, "pattern": ".*"}, good[0])
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword", "where"),
+    [
+        *(({"properties": {"a": {keyword: {}}}}, keyword, "#/properties/a") for keyword in REFUSED),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems", "#"),
+        ({"type": "object", "requried": ["a"]}, "requried", "did you mean 'required'?"),
+        ({"items": {"$id": "http://x"}}, "$id", "#/items"),
+        ({"$schema": "https://example.org/mine"}, "$schema", "#"),
+        ({"$ref": "https://example.org/x"}, "$ref", "nothing is fetched"),
+        ({"$ref": "other.json#/a"}, "$ref", "nothing is fetched"),
+        ({"$ref": "#name"}, "$ref", "#"),
+        ({"$ref": "#/$defs/none"}, "$ref", "there is none at #/$defs/none"),
+        ({"$ref": 1}, "$ref", "must be a string"),
+        ({"type": "strng"}, "type", "one of object"),
+        ({"type": []}, "type", "one of object"),
+        ({"type": None}, "type", "one of object"),
+        ({"type": "string", "format": "regex", "pattern": "a"}, "format", "'regex' is none of"),
+        ({"type": "string", "format": "colour"}, "format", "use pattern"),
+        ({"type": "integer", "format": "colour"}, "format", "remove it"),
+        ({"type": "string", "pattern": "a(?=b)"}, "pattern", "look-around"),
+        ({"type": "string", "pattern": 3}, "pattern", "in a string"),
+        ({"type": "string", "minLength": -1}, "minLength", "at least 0"),
+        ({"type": "string", "maxLength": True}, "maxLength", "at least 0"),
+        ({"type": "string", "maxLength": 10**9}, "maxLength", "at most"),
+        ({"minimum": "3"}, "minimum", "a number"),
+        ({"minimum": 2**53 + 1}, "minimum", "more digits"),
+        ({"maximum": 1e300}, "maximum", "more digits"),
+        ({"const": 2**64}, "const", "more digits"),
+        ({"enum": [[2**53 + 1]]}, "enum", "more digits"),
+        ({"enum": ["a\x01"]}, "enum", "control character"),
+        ({"enum": []}, "enum", "one value or more"),
+        ({"multipleOf": 0.01}, "multipleOf", "whole numbers"),
+        ({"multipleOf": 0}, "multipleOf", "above 0"),
+        ({"multipleOf": MAX_MULTIPLE + 1}, "multipleOf", "at most"),
+        ({"items": 1}, None, "the schema at #/items must be"),
+        ({"prefixItems": []}, "prefixItems", "a list"),
+        ({"items": [{}], "prefixItems": [{}]}, "items", "beside prefixItems"),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "prefixItems", "draft"),
+        ({"properties": []}, "properties", "an object of schemas"),
+        ({"required": [1]}, "required", "a list of strings"),
+        ({**DICT, "minProperties": 2}, "minProperties", "by name"),
+        ({"properties": {"a": {}, "b": {}, "c": {}}, "maxProperties": 2}, "maxProperties", "by name"),
+        ({"patternProperties": {"a": {}, "b": {}}}, "patternProperties", "not disjoint"),
+        ({**DICT, "propertyNames": {"maxLength": 3}}, "propertyNames", "a list of names"),
+        ({**DICT, "propertyNames": {"type": "integer"}}, "propertyNames", "names are strings"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", "use anyOf"),
+        ({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, "oneOf", "use anyOf"),
+        ({"anyOf": []}, "anyOf", "one schema or more"),
+        ({"allOf": {}}, "allOf", "one schema or more"),
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}, None, "no finite JSON"),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, None,
+         "no finite JSON"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, None, "no finite JSON"),
+        (False, None, "no finite JSON"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, None, "no JSON fits"),
+        ({"type": "string", "const": 5}, None, "no JSON fits"),
+        ("text", None, "must be an object or a boolean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_enforced_is_refused_by_name(
+    schema: object, keyword: str | None, where: str
+) -> None:
+    error = refusal(schema)
+    assert error.keyword == keyword
+    assert where in str(error)
+    assert keyword is None or f"'{keyword}'" in str(error)
+
+
+def test_an_error_keeps_its_class_over_the_wire() -> None:
+    error = error_from_wire("ConstraintInvalid", "response_format: no")
+    assert isinstance(error, ConstraintInvalid)
+    assert (error.keyword, error.type) == (None, "constraint_invalid")
+
+
+def test_annotations_say_nothing_and_reach_nobody() -> None:
+    noted = {keyword: "x" for keyword in ANNOTATIONS - {"$schema", "$id", "id", "$defs"}}
+    schema = checked_schema({"type": "string", **noted, "x-order": 1}, "a")
+    assert schema.keys() == {"type", "x-guidance"}
+    check({"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://example.org/x"})
+
+
+def test_a_property_may_have_the_name_of_a_keyword() -> None:
+    schema = {
+        "properties": {"not": {"type": "integer"}, "x-guidance": {}, "$ref": {}},
+        "required": ["not"],
+    }
+    assert takes(schema, {"not": 1, "x-guidance": 2})
+    assert not takes(schema, {"not": "x"})
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1}', '{"a":1 }', '{ "a":1}', '{"a":\n1}', ' {"a":1}', '{"a":1}\n']
+)
+def test_json_has_no_blanks(text: str) -> None:
+    for schema in (DICT, True):
+        assert not takes_text(schema, text)
+
+
+def test_a_key_cannot_be_written_another_way() -> None:
+    schema = {**DICT, "properties": {"a": {"type": "string"}}}
+    assert takes_text(schema, '{"a":"x"}')
+    assert not takes_text(schema, '{"\\u0061":1}')
+    assert not takes_text(schema, '{"a":"x","a":1}')
+
+
+def test_objects_get_no_properties_that_nobody_mentioned() -> None:
+    listed = {"type": "object", "properties": {"a": {}}}
+    assert not takes(listed, {"a": 1, "b": 1})
+    assert takes({**listed, "additionalProperties": True}, {"a": 1, "b": 1})
+    assert takes({**listed, "required": ["b"]}, {"a": 1, "b": 1})
+    assert takes({"allOf": [listed, {"properties": {"b": {}}}]}, {"a": 1, "b": 1})
+
+
+def test_properties_come_in_the_order_of_the_schema() -> None:
+    base = {"type": "object", "properties": {"z": {}}, "required": ["z"]}
+    derived = {"properties": {"a": {}}, "required": ["a"]}
+    assert takes_text({"allOf": [base], **derived}, '{"z":1,"a":1}')
+    assert not takes_text({"allOf": [base], **derived}, '{"a":1,"z":1}')
+    assert takes_text({**derived, "allOf": [base]}, '{"a":1,"z":1}')
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+    lives: int = 9
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+    good: bool
+
+
+class Owner(pydantic.BaseModel):
+    name: str = pydantic.Field(description="who", max_length=20, pattern="^[A-Z]")
+    pets: list[Cat | Dog] = []
+    favourite: Cat | Dog = pydantic.Field(discriminator="kind")
+    ages: dict[Literal["cat", "dog"], int] = {}
+    place: tuple[float, float] | None = None
+    friends: list[Owner] = []
+
+
+@pytest.mark.parametrize("kind", ["cat", "dog"])
+def test_what_pydantic_writes_is_taken_and_read_back(kind: str) -> None:
+    schema = Owner.model_json_schema()
+    check(schema)
+    for seed in range(20):
+        text = walk(matcher_of(schema), seed)
+        assert text is not None
+        Owner.model_validate_json(text)
+    pet = {"kind": "cat", "lives": 1} if kind == "cat" else {"kind": "dog", "good": True}
+    owner = {"name": "A", "pets": [pet], "favourite": pet, "ages": {kind: 1}, "place": [1.5, 2]}
+    assert takes(schema, owner)
+
+
+def test_what_zod_writes_is_taken() -> None:
+    email = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {
+            "mail": {"type": "string", "format": "email", "pattern": email},
+            "id": {"type": "string", "format": "cuid2", "pattern": "^[0-9a-z]+$"},
+            "age": {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991},
+            "scores": {
+                "type": "object",
+                "propertyNames": {"type": "string"},
+                "additionalProperties": {"type": "number"},
+            },
+        },
+        "required": ["mail", "id", "age", "scores"],
+        "additionalProperties": False,
+    }
+    value = {"mail": "a.b'c@x.org", "id": "ab1", "age": 3, "scores": {"a": 0.5}}
+    assert takes(schema, value)
+    for mail in (".a@x.org", "a..b@x.org", "a.@x.org", "a@x"):
+        assert not takes(schema, {**value, "mail": mail})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "nonsense",
+        "NaN",
+        '{"minimum": Infinity}',
+        '{"a": ' + "1" * 5000 + "}",
+        "[" * 63,
+        '"\\ud800"',
+    ],
+)
+def test_text_that_is_no_schema_is_one_line(text: str) -> None:
+    with pytest.raises(ConstraintInvalid) as caught:
+        check_constraint(Constraint("json_schema", text), "--schema a.json")
+    assert str(caught.value).startswith("--schema a.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def nested(depth: int) -> str:
+    return '{"items":' * depth + "{}" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (nested(MAX_DEPTH), "nested more than"),
+        ("[" * 100_000, "nested more than"),
+        ('{"a":' * 30_000, "nested more than"),
+        ('"' + "x" * MAX_BYTES + '"', "bytes; at most"),
+        ('{"enum":[' + ",".join(map(str, range(MAX_CHOICES + 1))) + "]}", "lists 5001 values"),
+        (
+            '{"default":[' + ",".join("1" for _ in range(MAX_VALUES)) + "]}",
+            f"more than {MAX_VALUES} values",
+        ),
+    ],
+)
+def test_bombs_are_refused_before_anybody_reads_them(text: str, said: str) -> None:
+    with pytest.raises(ConstraintInvalid, match=said):
+        check_constraint(Constraint("json_schema", text))
+
+
+def test_schemas_at_the_limits_are_taken() -> None:
+    check_constraint(Constraint("json_schema", nested(MAX_DEPTH - 1)))
+    check({"enum": list(range(MAX_CHOICES))})
+    check({"type": "array", "minItems": 1, "maxItems": 2**20, "items": {"maxLength": 2**20}})
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Definitions that refer to one another in a row, each with some levels of its own."""
+    links = {
+        f"a{i}": {
+            "anyOf": [{"properties": {"x": {"items": {"$ref": f"#/$defs/a{i + 1}"}}}}, {"type": "null"}]
+        }
+        for i in range(length)
+    }
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "integer"}}}
+
+
+def test_a_long_row_of_references_does_not_overflow_the_stack() -> None:
+    before = threading.stack_size()
+    check(chain(MAX_REFERENCES - 1))
+    assert "at most 500 different ones" in str(refusal(chain(MAX_REFERENCES + 1)))
+    assert threading.stack_size() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["(a{1000}){1000}", "a{100000}", "(" * 300 + "a" + ")" * 300, "a" * 3000]
+)
+def test_patterns_that_cost_too_much_are_refused(text: str) -> None:
+    assert refusal({"type": "string", "pattern": text}).keyword == "pattern"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            r"a(?=b)",
+            r"(?<!a)b",
+            r"(?i)a",
+            r"(?P=a)",
+            r"(a)\1",
+            r"\bfoo",
+            r"a\z",
+            r"\Aa",
+            r"\Z",
+            r"\k<a>",
+        ),
+        *("a{", "a{,3}", "a{x}", "[]", "[^]", "[a", "(a", "a)", "a**", "a{2}{3}", "a++", "[a--b]", "\\"),
+    ],
+)
+def test_what_dialects_disagree_about_is_refused(pattern: str) -> None:
+    with pytest.raises(PatternRefused):
+        portable_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^[^a&&b]$", ["c"], ["a", "&", "b"]),
+        (r"^[[a]$", ["[", "a"], ["b"]),
+        (r"^\s$", [" ", "\t"], ["\u0085", "\ufeff", "x"]),
+        (r"^[^\s]$", ["x"], [" ", "\ufeff"]),
+        (r"^\S$", ["x"], [" ", "\ufeff"]),
+        (r"^.$", ["x", "é"], ["\n", "\r", "\u2028"]),
+        (r"^\w\d$", ["a1"], ["é1", "a٣"]),
+        (r"^a|b$", ["ac", "cb"], ["cac"]),
+        (r"^(?<year>\d{4})-(?P<m>\d\d)$", ["2024-01"], ["2024"]),
+        (r"^\x41\u0042[\/\-\_]$", ["AB/", "AB-", "AB_"], ["AB\\"]),
+        (r"^[$^.]\$\.\^$", ["$$.^"], ["a$.^"]),
+        (r"^a*?b{2,}?$", ["bb", "aabbb"], ["b"]),
+        (r"^}]$", ["}]"], ["]"]),
+        (r"", ["", "x"], []),
+    ],
+)
+def test_patterns_mean_what_they_mean_elsewhere(pattern: str, good: list[str], bad: list[str]) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    assert [text for text in good if not takes(schema, text)] == []
+    assert [text for text in bad if takes(schema, text)] == []
+
+
+ATOMS = st.sampled_from(
+    [
+        "a",
+        "b",
+        "é",
+        " ",
+        ".",
+        "-",
+        r"\d",
+        r"\w",
+        r"\s",
+        r"\.",
+        r"\-",
+        "[ab]",
+        "[^ab]",
+        "[a-c0]",
+        r"[\w-]",
+        "[&&a]",
+    ]
+)
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        inner.map(lambda p: f"({p})"),
+        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{0,3}", "*?"])).map(
+            lambda pair: f"(?:{pair[0]}){pair[1]}"
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@given(PATTERNS, st.sampled_from(["{}", "^{}$", "^{}", "{}$"]), st.integers(0, 2**32))
+def test_texts_of_a_pattern_match_it_in_python(pattern: str, frame: str, seed: int) -> None:
+    written = frame.replace("{}", pattern)
+    try:
+        matcher = matcher_of({"type": "string", "pattern": written})
+    except ConstraintInvalid:
+        return
+    text = walk(matcher, seed, 60)
+    if text is not None:
+        # as ECMAScript: \w and \d are ASCII
+        assert re.search(written, json.loads(text), re.ASCII), (written, text)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(sorted(ENFORCED | REFUSED.keys() | {"$defs", "a"})) | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON_VALUES)
+def test_any_json_is_taken_or_refused_in_one_line(schema: object) -> None:
+    try:
+        check(schema)
+    except ConstraintInvalid as error:
+        assert "\n" not in str(error)
+
+
+def test_other_kinds() -> None:
+    check_constraint(Constraint("json_object"))
+    check_constraint(Constraint("regex", r"[a-z]{2,3}\d"))
+    check_constraint(Constraint("lark", 'start: "a" <[5]> | %json {"type":"integer"}\n'))
+    for kind, text in (
+        ("regex", "a(?=b)"),
+        ("lark", "start: b\n"),
+        ("regex", "x" * 300_000),
+        ("gbnf", ""),
+    ):
+        with pytest.raises(ConstraintInvalid, match="response_format: "):
+            check_constraint(Constraint(kind, text))  # type: ignore[arg-type]
