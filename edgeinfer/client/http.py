@@ -22,6 +22,7 @@ from edgeinfer.client.client import (
     ModelInfo,
     Token,
 )
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.request import (
     Ended,
     Event,
@@ -380,11 +381,22 @@ def _body_of(request: Request, model: str) -> tuple[str, dict[str, Any]]:
         body["stop"] = list(request.stop)
     if request.ignore_eos:
         body["ignore_eos"] = True
+    if request.constraint is not None:
+        body["response_format"] = _format_of(request.constraint)
     if request.messages is not None:
         body["messages"] = [message.as_template_value() for message in request.messages]
         return "/chat/completions", body
     body["prompt"] = request.prompt if request.tokens is None else list(request.tokens)
     return "/completions", body
+
+
+def _format_of(constraint: Constraint) -> dict[str, Any]:
+    if constraint.kind == "json_object":
+        return {"type": "json_object"}
+    if constraint.kind == "json_schema":
+        schema = json.loads(constraint.text)
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    raise UsageError(f"an endpoint takes a JSON schema, not a {constraint.kind} constraint")
 
 
 def _refusal(base: str, response: httpx.Response) -> EdgeInferError:

@@ -103,7 +103,7 @@ def _parallel(body: ChatRequest) -> bool:
 
 def _constraint_of(body: ChatRequest, calls: str | None) -> Constraint | None:
     """What holds the answer: the form of calls, or the reply's format."""
-    wanted = _format_of(body.response_format)
+    wanted = format_of(body.response_format)
     if calls is None:
         return wanted
     if wanted is not None:
@@ -115,7 +115,7 @@ def _constraint_of(body: ChatRequest, calls: str | None) -> Constraint | None:
     return Constraint("lark", calls)
 
 
-def _format_of(found: ResponseFormat | None) -> Constraint | None:
+def format_of(found: ResponseFormat | None) -> Constraint | None:
     if found is None or found.type == "text":
         return None
     if found.type == "json_object":

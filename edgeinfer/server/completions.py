@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeinfer.client import Ended, Event, Request, RunStats, Text, TokenLogprob
+from edgeinfer.server.chat import format_of
 from edgeinfer.server.errors import invalid
 from edgeinfer.server.openai_replies import Completion, finish_reason, legacy_logprobs
 from edgeinfer.server.openai_requests import CompletionRequest
@@ -42,6 +43,7 @@ class CompletionJob:
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
+            constraint=format_of(body.response_format),
             asked_by=asked_by,
         )
         self.requests = []

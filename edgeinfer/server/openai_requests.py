@@ -211,6 +211,7 @@ class CompletionRequest(_Generate):
     )
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
+    response_format: ResponseFormat | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
