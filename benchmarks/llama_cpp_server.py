@@ -18,9 +18,7 @@ class LlamaCppServer:
     """As a context manager. Its dependencies are llama-cpp-python's extra `server`; without them, or if it
     is not ready in time, PeerError."""
 
-    def __init__(
-        self, model: Path, *, threads: int, context: int, start_s: float = 120.0
-    ) -> None:
+    def __init__(self, model: Path, *, threads: int, context: int, start_s: float = 120.0) -> None:
         self._port = free_port()
         self._start_s = start_s
         self._command = [
@@ -36,7 +34,7 @@ class LlamaCppServer:
         return f"http://{HOST}:{self._port}"
 
     def __enter__(self) -> LlamaCppServer:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (__exit__ closes it)
+        self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
         )

@@ -13,7 +13,9 @@ class Case:
     schema: dict[str, Any]
 
 
-def _object(required: str, optional: dict[str, Any] | None = None, /, **properties: Any) -> dict[str, Any]:
+def _object(
+    required: str, optional: dict[str, Any] | None = None, /, **properties: Any
+) -> dict[str, Any]:
     """required: names, separated by blanks; "*": all."""
     names = list(properties) if required == "*" else required.split()
     return {"type": "object", "properties": {**properties, **(optional or {})}, "required": names}
@@ -23,12 +25,18 @@ def _strings(**options: Any) -> dict[str, Any]:
     return {"type": "array", "items": {"type": "string"}, **options}
 
 
-STRING, INTEGER, NUMBER, BOOLEAN = ({"type": name} for name in ("string", "integer", "number", "boolean"))
+STRING, INTEGER, NUMBER, BOOLEAN = (
+    {"type": name} for name in ("string", "integer", "number", "boolean")
+)
 NULLABLE = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 
-_CAT = _object("kind lives", kind={"const": "cat"}, lives={"type": "integer", "minimum": 1, "maximum": 9})
+_CAT = _object(
+    "kind lives", kind={"const": "cat"}, lives={"type": "integer", "minimum": 1, "maximum": 9}
+)
 _DOG = _object("kind tricks", kind={"const": "dog"}, tricks=_strings(maxItems=3))
-_BIRD = _object("kind wingspan_cm", kind={"const": "bird"}, wingspan_cm={"type": "number", "exclusiveMinimum": 0})
+_BIRD = _object(
+    "kind wingspan_cm", kind={"const": "bird"}, wingspan_cm={"type": "number", "exclusiveMinimum": 0}
+)
 
 CASES = (
     Case("person", "Describe a person.", _object("*", name=STRING, age={"type": "integer", "minimum": 0,

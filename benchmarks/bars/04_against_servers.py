@@ -38,10 +38,36 @@ MOST_GAP, MOST_LONG_TTFT = 0.6, 1.3
 # The end of turn and the end of text of SmolLM2's vocabulary: every answer has the tokens asked for.
 NO_END = {"logit_bias": {"2": -100, "0": -100}}
 
-_WORDS = (
-    "river stone winter copper garden letter bridge candle harbour valley mirror wagon forest music paper"
-    " silver window morning island engine orchard shadow barrel lantern meadow anchor violin basket"
-).split()
+_WORDS = [
+    "river",
+    "stone",
+    "winter",
+    "copper",
+    "garden",
+    "letter",
+    "bridge",
+    "candle",
+    "harbour",
+    "valley",
+    "mirror",
+    "wagon",
+    "forest",
+    "music",
+    "paper",
+    "silver",
+    "window",
+    "morning",
+    "island",
+    "engine",
+    "orchard",
+    "shadow",
+    "barrel",
+    "lantern",
+    "meadow",
+    "anchor",
+    "violin",
+    "basket",
+]
 
 
 class Texts:
@@ -147,9 +173,7 @@ def against_llama_server(bar: Bar, model: Path, threads: int) -> None:
                 ratio >= LEAST_SHARED and enough,
             )
             words = long_words(url)
-            turns = [
-                partial(beside_a_long_prompt, each, Texts(3), words) for each in (url, peer.url)
-            ]
+            turns = [partial(beside_a_long_prompt, each, Texts(3), words) for each in (url, peer.url)]
             wait, late = compare(
                 bar,
                 f"{SHORT_STREAMS} short streams beside a prompt of 3,000 tokens",

@@ -106,16 +106,23 @@ def token_ms(bar: Bar, folder: Path) -> float:
     command = [sys.executable, "-c", _DIRECT, str(path), str(STREAMS), str(tokens)]
     direct = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     bar.details |= {"served_s": served, "direct_s": direct, "pieces": pieces}
-    bar.say(f"  {STREAMS * tokens} tokens in {pieces} pieces: {served:.3f} s, without HTTP {direct:.3f} s")
+    bar.say(
+        f"  {STREAMS * tokens} tokens in {pieces} pieces: {served:.3f} s, without HTTP {direct:.3f} s"
+    )
     return 1e3 * (served - direct) / (STREAMS * tokens)
 
 
 def measure(bar: Bar) -> None:
     with tempfile.TemporaryDirectory() as folder:
         request = request_ms(bar, Path(folder))
-        bar.require(f"a request: {request:.2f} ms more over HTTP <= {MOST_REQUEST_MS}", request <= MOST_REQUEST_MS)
+        bar.require(
+            f"a request: {request:.2f} ms more over HTTP <= {MOST_REQUEST_MS}",
+            request <= MOST_REQUEST_MS,
+        )
         token = token_ms(bar, Path(folder))
-        bar.require(f"a token: {token:.3f} ms of processor more <= {MOST_TOKEN_MS}", token <= MOST_TOKEN_MS)
+        bar.require(
+            f"a token: {token:.3f} ms of processor more <= {MOST_TOKEN_MS}", token <= MOST_TOKEN_MS
+        )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -215,7 +215,8 @@ ApiKey = Annotated[
     ),
 ]
 ApiKeyFile = Annotated[
-    str | None, _option("api-key-file", "A file of keys, one a line; # begins a remark.", "FILE", _ENDPOINT)
+    str | None,
+    _option("api-key-file", "A file of keys, one a line; # begins a remark.", "FILE", _ENDPOINT),
 ]
 NoApiKey = Annotated[
     bool,

@@ -64,7 +64,7 @@ def run(
     from edgeinfer.cli.opening import attached, open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.cli.schema_file import read_constraint
-    from edgeinfer.client import Client, LocalClient, Message, Request
+    from edgeinfer.client import LocalClient, Message, Request
     from edgeinfer.sampling import SamplingParams
 
     if not arguments:

@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from edgeinfer.cli import options
 from edgeinfer.errors import UsageError, one_line
 
 if TYPE_CHECKING:
-    from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import LocalClient
     from edgeinfer.sampling import SamplingParams
     from edgeinfer.server.api_keys import ApiKeys
@@ -123,14 +120,26 @@ def serve(
 
     for note in notes:
         say(f"warning: {note}")
-    with LocalClient(replace(opened, sequences=parallel), puller(show, say)) as client:
+    client = LocalClient(replace(opened, sequences=parallel), puller(show, say))
+    with client:
         try:
             info = client.load(show)
         finally:
             status.close()
         for warning in info.warnings:
             say(f"warning: {warning}")
-        _run(client, settings, sampling, max_tokens, host, port, keys, origins, tuple(allow_host or ()), say)
+        _run(
+            client,
+            settings,
+            sampling,
+            max_tokens,
+            host,
+            port,
+            keys,
+            origins,
+            tuple(allow_host or ()),
+            say,
+        )
 
 
 def _run(
@@ -164,14 +173,18 @@ def _run(
     )
     guarded = GuardSettings(keys=keys, allow_origins=origins, allow_hosts=hosts)
     app = Guard(create_app(service, on_close=client.close), guarded)
-    run_server(app, ServeSettings(host=host, port=port), lambda address: _greet(address.url, service, say))
+    run_server(
+        app, ServeSettings(host=host, port=port), lambda address: _greet(address.url, service, say)
+    )
 
 
 def _greet(url: str, service: Service, say: object) -> None:
     assert callable(say)  # noqa: S101
     info = service.info
     context = f", {info.context:,} tokens of context each" if info else ""
-    say(f"{service.name} answers at {url}/v1 ({service.settings.parallel} at once{context}); Ctrl+C ends it")
+    say(
+        f"{service.name} answers at {url}/v1 ({service.settings.parallel} at once{context}); Ctrl+C ends it"
+    )
 
 
 def parse_duration(option: str, text: str) -> float:

@@ -259,6 +259,7 @@ class _Answer:
         self._first = 0.0
         self._text: list[str] = []
         self._num_tokens = 0
+        self._is_counted = False  # our own endpoint tells how many tokens there are
         self._reason = ""
         self._usage: Mapping[str, Any] = {}
         self._stats: RunStats | None = None
@@ -285,7 +286,7 @@ class _Answer:
             return
         found = json.loads(rest)
         if "tokens" in found:
-            self._num_tokens = int(found["tokens"])
+            self._num_tokens, self._is_counted = int(found["tokens"]), True
         elif "cached" in found:
             self._tell(Started(int(found["of"]), int(found["cached"])))
         else:
@@ -312,7 +313,8 @@ class _Answer:
         if not self._first:
             self._first = time.perf_counter()
         self._text.append(text)
-        self._num_tokens += 1  # a burst at least; ours tells the number before the text
+        if not self._is_counted:
+            self._num_tokens += 1  # at least one: who tells no count sends each token alone
         self._tell(Text(text, self._num_tokens))
 
     def _result(self, reason: str = "") -> RunStats:
@@ -348,7 +350,9 @@ class _Answer:
 def _base_of(url: str) -> str:
     parts = urlsplit(url if "//" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--attach {one_line(url, 80)!r} is no URL; write for example http://127.0.0.1:11435")
+        raise UsageError(
+            f"--attach {one_line(url, 80)!r} is no URL; write for example http://127.0.0.1:11435"
+        )
     try:
         _ = parts.port
     except ValueError:
@@ -395,7 +399,10 @@ def _format_of(constraint: Constraint) -> dict[str, Any]:
         return {"type": "json_object"}
     if constraint.kind == "json_schema":
         schema = json.loads(constraint.text)
-        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        return {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema, "strict": True},
+        }
     raise UsageError(f"an endpoint takes a JSON schema, not a {constraint.kind} constraint")
 
 
@@ -406,7 +413,9 @@ def _refusal(base: str, response: httpx.Response) -> EdgeInferError:
         said = response.json()["error"]["message"]
     status = response.status_code
     if status in (401, 403):
-        return EndpointFailed(f"{base} refused: {said}; give its key with --api-key or EDGEINFER_API_KEY")
+        return EndpointFailed(
+            f"{base} refused: {said}; give its key with --api-key or EDGEINFER_API_KEY"
+        )
     return RequestFailed(f"{base} answered {status}: {said}")
 
 

@@ -327,8 +327,8 @@ class Engine:
             return
         norm = math.sqrt(math.fsum(x * x for x in running.hidden_sum))
         if not math.isfinite(norm) or norm == 0.0:
-            error = StepFailed("the model produced numbers that are not finite; is the file damaged?")
-            self._events += self._end(running, "failed", "stop", error)
+            damage = StepFailed("the model produced numbers that are not finite; is the file damaged?")
+            self._events += self._end(running, "failed", "stop", damage)
             return
         vector = tuple(x / norm for x in running.hidden_sum)
         self._events.append((running.key, Embedded(vector)))

@@ -26,7 +26,7 @@ from edgeinfer.server.chat import ChatJob
 from edgeinfer.server.completions import CompletionJob
 from edgeinfer.server.disconnect import unless_gone
 from edgeinfer.server.embeddings import EmbeddingJob
-from edgeinfer.server.errors import ApiError, as_api_error, internal_error, invalid
+from edgeinfer.server.errors import ApiError, ErrorType, as_api_error, internal_error, invalid
 from edgeinfer.server.openai_replies import model_object
 from edgeinfer.server.openai_requests import (
     ChatRequest,
@@ -232,7 +232,7 @@ def _add_error_replies(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: HttpRequest, error: HTTPException) -> Response:
-        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        kind: ErrorType = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         said = one_line(str(error.detail))
         if error.status_code == 404:
             said = "there is no such route; /docs lists those there are"

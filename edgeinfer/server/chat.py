@@ -53,7 +53,11 @@ class ChatJob:
             replace(request, sampling=request.sampling.for_choice(index)) for index in range(count)
         ]
         self._choices = [
-            Choice(index, dialect.reasoning, dialect.tools.parser(callable_tools) if callable_tools else None)
+            Choice(
+                index,
+                dialect.reasoning,
+                dialect.tools.parser(callable_tools) if callable_tools else None,
+            )
             for index in range(count)
         ]
 
@@ -140,7 +144,9 @@ def _template_options(body: ChatRequest) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         raise invalid("chat_template_kwargs is nested too deeply", "chat_template_kwargs") from None
     if size > _MOST_VARIABLE_CHARACTERS:
-        raise invalid(f"chat_template_kwargs has {size} characters as JSON; too many", "chat_template_kwargs")
+        raise invalid(
+            f"chat_template_kwargs has {size} characters as JSON; too many", "chat_template_kwargs"
+        )
     return options
 
 

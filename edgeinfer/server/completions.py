@@ -32,7 +32,9 @@ class CompletionJob:
         if body.suffix:
             raise invalid("suffix is not supported: this model completes at the end only", "suffix")
         if body.best_of is not None and body.best_of != n:
-            raise invalid(f"best_of {body.best_of} is not supported; ask for n={body.best_of}", "best_of")
+            raise invalid(
+                f"best_of {body.best_of} is not supported; ask for n={body.best_of}", "best_of"
+            )
         if body.echo and not all(isinstance(prompt, str) for prompt in self._prompts):
             raise invalid("echo needs prompts of text, not of tokens", "echo")
         longest = body.max_tokens or service.max_tokens or DEFAULT_MAX_TOKENS

@@ -19,7 +19,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "edgeinfer_requests", "Requests by what became of them.", ["route", "outcome"], registry=registry
+            "edgeinfer_requests",
+            "Requests by what became of them.",
+            ["route", "outcome"],
+            registry=registry,
         )
         self.refused = Counter(
             "edgeinfer_refused_requests",
@@ -39,9 +42,7 @@ class Metrics:
             buckets=_TOKEN_S,
             registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "edgeinfer_prompt_tokens", "Tokens of prompts.", registry=registry
-        )
+        self.prompt_tokens = Counter("edgeinfer_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.completion_tokens = Counter(
             "edgeinfer_completion_tokens", "Tokens answered.", registry=registry
         )
@@ -80,7 +81,9 @@ class Metrics:
                 "edgeinfer_prompt_cache_capacity_bytes", "What it may grow to.", registry=registry
             ),
         }
-        self._loaded = Gauge("edgeinfer_model_loaded", "1 while a model is in memory.", registry=registry)
+        self._loaded = Gauge(
+            "edgeinfer_model_loaded", "1 while a model is in memory.", registry=registry
+        )
 
     def page(self, status: EngineStatus | None) -> bytes:
         self._loaded.set(status is not None)

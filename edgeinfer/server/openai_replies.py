@@ -14,7 +14,6 @@ from typing import Any
 
 from edgeinfer.client import RunStats, TokenLogprob
 
-
 LEAST_LOGPROB = -9999.0
 
 
@@ -98,9 +97,7 @@ class Chat:
     def usage(self, stats: Sequence[RunStats]) -> str:
         return f'{self._head}],"usage":{_dumps(usage_of(stats))}}}\n\n'
 
-    def whole(
-        self, choices: Sequence[dict[str, Any]], stats: Sequence[RunStats]
-    ) -> dict[str, Any]:
+    def whole(self, choices: Sequence[dict[str, Any]], stats: Sequence[RunStats]) -> dict[str, Any]:
         reply = {
             "id": self.id,
             "object": "chat.completion",

@@ -55,7 +55,9 @@ class _Generate(_Body):
     dry_multiplier: float | None = Field(None, ge=0.0, le=100.0)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = None
-    max_tokens: int | None = Field(None, ge=-1, le=2**31 - 1, description="-1: to the end of the context.")
+    max_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="-1: to the end of the context."
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
@@ -218,7 +220,12 @@ class CompletionRequest(_Generate):
     @field_validator("prompt")
     @classmethod
     def _few(cls, value: Any) -> Any:
-        if isinstance(value, list) and value and not isinstance(value[0], int) and len(value) > MAX_CHOICES:
+        if (
+            isinstance(value, list)
+            and value
+            and not isinstance(value[0], int)
+            and len(value) > MAX_CHOICES
+        ):
             raise ValueError(f"{len(value)} prompts; at most {MAX_CHOICES} are taken at once")
         return value
 
@@ -227,7 +234,7 @@ class CompletionRequest(_Generate):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [tuple(int(token) for token in self.prompt)]  # type: ignore[arg-type]
+            return [tuple(int(token) for token in self.prompt)]
         return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
 
 
@@ -242,14 +249,12 @@ class EmbeddingRequest(_Body):
         if isinstance(self.input, str):
             return [self.input]
         if self.input and isinstance(self.input[0], int):
-            return [tuple(int(token) for token in self.input)]  # type: ignore[arg-type]
+            return [tuple(int(token) for token in self.input)]
         return [p if isinstance(p, str) else tuple(p) for p in self.input]  # type: ignore[arg-type]
 
 
 class TokenizeRequest(_Body):
-    text: str | None = Field(
-        None, validation_alias=AliasChoices("text", "prompt", "content", "input")
-    )
+    text: str | None = Field(None, validation_alias=AliasChoices("text", "prompt", "content", "input"))
     messages: list[ChatMessage] | None = Field(None, max_length=MAX_MESSAGES)
     add_special: bool = False
     parse_special: bool = False

@@ -59,7 +59,9 @@ class Deadline:
                 "server_error",
                 code="timeout",
             )
-        return ApiError(503, "the answer was ended: the endpoint is closing", "server_error", code="closing")
+        return ApiError(
+            503, "the answer was ended: the endpoint is closing", "server_error", code="closing"
+        )
 
 
 async def stream(
@@ -104,9 +106,7 @@ def _progress(event: Event) -> str:
     return ""
 
 
-async def read_all(
-    answers: Answers, read: Callable[[int, Event], object], timeout_s: float
-) -> None:
+async def read_all(answers: Answers, read: Callable[[int, Event], object], timeout_s: float) -> None:
     """Every event to `read`. Raises ApiError if any answer failed or was ended."""
     deadline = Deadline(answers, timeout_s)
     problem: ApiError | None = None

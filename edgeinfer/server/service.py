@@ -161,6 +161,6 @@ def served_name(client: LocalClient) -> tuple[str, list[str]]:
     file = info.name
     stem = file.rsplit(".", 1)[0] if file.endswith((".gguf", ".safetensors")) else file
     spec = client.spec
-    is_path = not spec or "/" in spec and not spec.startswith("hf:") or "\\" in spec
+    is_path = not spec or ("/" in spec and not spec.startswith("hf:")) or "\\" in spec
     name = stem if is_path else spec
     return name, [file, stem, spec] if spec else [file, stem]

@@ -10,7 +10,13 @@ import pytest
 
 from edgeinfer.client import Message, Prefilled, Request, Started, Text
 from edgeinfer.client.http import HttpClient
-from edgeinfer.errors import EndpointFailed, EndpointUnreachable, ModelNotFound, RequestFailed, UsageError
+from edgeinfer.errors import (
+    EndpointFailed,
+    EndpointUnreachable,
+    ModelNotFound,
+    RequestFailed,
+    UsageError,
+)
 from edgeinfer.sampling import SamplingParams
 from edgeinfer.server.api_keys import ApiKeys
 from edgeinfer.server.guard import GuardSettings

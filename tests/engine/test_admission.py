@@ -12,9 +12,7 @@ from tests.engine.test_engine import Driver, alone, asked, make_engine, tokens_o
 
 
 def started(driver: Driver) -> list[int]:
-    return [
-        key for key, events in driver.events.items() if any(isinstance(e, Started) for e in events)
-    ]
+    return [key for key, events in driver.events.items() if any(isinstance(e, Started) for e in events)]
 
 
 # -- fairness --------------------------------------------------------------------------------------
@@ -63,7 +61,9 @@ def test_several_answers_to_one_prompt_read_it_once() -> None:
     for key in range(4):
         driver.submit(key, asked(prompt, 6))
     driver.run()
-    prefilled = [driver.stats(k).usage.prompt_tokens - driver.stats(k).usage.cached_tokens for k in range(4)]
+    prefilled = [
+        driver.stats(k).usage.prompt_tokens - driver.stats(k).usage.cached_tokens for k in range(4)
+    ]
     assert prefilled[0] == 600
     assert max(prefilled[1:]) < 100
     assert {driver.answer(k) for k in range(4)} == {alone(prompt, 6)}

@@ -17,7 +17,7 @@ from edgeinfer.server.app import create_app
 from edgeinfer.server.dialect import dialect_of
 from edgeinfer.server.guard import Guard, GuardSettings
 from edgeinfer.server.service import Service, ServiceSettings, served_name
-from edgeinfer.server.serving import ServeSettings, ServerThread
+from edgeinfer.server.serving import ServerThread, ServeSettings
 
 GREEDY = SamplingParams(temperature=0.0)
 

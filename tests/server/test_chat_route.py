@@ -49,7 +49,16 @@ def test_an_answer_has_openais_shape(endpoint: Endpoint) -> None:
 def test_the_reply_carries_the_stats_of_run(endpoint: Endpoint) -> None:
     stats = endpoint.chat().json()["edgeinfer"]
     assert stats["finish_reason"] == "stop"
-    assert set(stats) >= {"usage", "timings", "speculation", "kv", "cache", "backend", "model", "warnings"}
+    assert set(stats) >= {
+        "usage",
+        "timings",
+        "speculation",
+        "kv",
+        "cache",
+        "backend",
+        "model",
+        "warnings",
+    }
     assert stats["backend"] == "scripted"
 
 
@@ -144,9 +153,7 @@ def test_progress_is_told_to_those_who_ask(endpoint: Endpoint) -> None:
     body = {"messages": ask("x" * 900), "stream": True}
     with endpoint.http() as http:
         plain = http.post("/v1/chat/completions", json=body).text
-        asked = http.post(
-            "/v1/chat/completions", json=body, headers={"x-edgeinfer-progress": "1"}
-        ).text
+        asked = http.post("/v1/chat/completions", json=body, headers={"x-edgeinfer-progress": "1"}).text
     assert ": progress" not in plain
     told = [json.loads(line[11:]) for line in asked.splitlines() if line.startswith(": progress ")]
     assert {"cached", "of"} == set(told[0])
@@ -171,7 +178,10 @@ def test_progress_is_told_to_those_who_ask(endpoint: Endpoint) -> None:
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 200}}, "logit_bias"),
         ({"stop": ["x"] * 17}, "stop"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text only"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "text only",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "text only"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],

@@ -23,7 +23,10 @@ WEATHER = {
         "description": "The weather of a city.",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer", "minimum": 1, "maximum": 7},
+            },
             "required": ["city"],
             "additionalProperties": False,
         },
@@ -143,7 +146,10 @@ def test_langchain_chats_and_calls_tools(endpoint: Endpoint, client: Any) -> Non
     assert llm.invoke("Say hello.").content
     assert "".join(str(chunk.content) for chunk in llm.stream("Say hello."))
     found = llm.bind_tools([WEATHER], tool_choice="get_weather").invoke("Weather in Paris?")
-    assert found.tool_calls[0]["name"] == "get_weather" or found.response_metadata["finish_reason"] == "length"
+    assert (
+        found.tool_calls[0]["name"] == "get_weather"
+        or found.response_metadata["finish_reason"] == "length"
+    )
 
 
 def test_litellm_chats(endpoint: Endpoint, client: Any) -> None:

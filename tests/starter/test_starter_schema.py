@@ -52,7 +52,9 @@ def test_the_same_seed_gives_the_same_answer(client: Client) -> None:
 def test_any_json_object_and_a_pattern(client: Client) -> None:
     request = Request(prompt="{", constraint=Constraint("json_object"), max_tokens=60)
     assert isinstance(json.loads(client.start(request).result().stats.text), dict)
-    request = Request(prompt="The year is ", constraint=Constraint("regex", "(19|20)[0-9]{2}"), max_tokens=20)
+    request = Request(
+        prompt="The year is ", constraint=Constraint("regex", "(19|20)[0-9]{2}"), max_tokens=20
+    )
     assert 1900 <= int(client.start(request).result().stats.text) < 2100
 
 

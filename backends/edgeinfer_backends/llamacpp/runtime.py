@@ -436,9 +436,7 @@ class LlamaCppRuntime(Runtime):
             lib.llama_set_embeddings(self._ctx, False)
         return [float(x) for x in total]
 
-    def _embed_rows(
-        self, sequence: int, tokens: Sequence[int], total: npt.NDArray[np.float64]
-    ) -> None:
+    def _embed_rows(self, sequence: int, tokens: Sequence[int], total: npt.NDArray[np.float64]) -> None:
         """One step of `embed`, its hidden states added to `total`."""
         np, count = self._np, len(tokens)
         self._fill(Step([SequenceStep(sequence, tokens, "all")]), 0)
