@@ -239,7 +239,7 @@ def rambling(matcher: Matcher, seed: int, most: int) -> str | None:
         more = [t for t in tokens if TOKENIZER.piece(t)[:1] not in (b'"', b"}", b"]")]
         wanted = [t for t in tokens if TOKENIZER.piece(t) in (b",", b"{", b"[")]
         pool = wanted or more or tokens
-        if len(tokens) > 50 and draw.random() < 0.1:
+        if ord("\"") in tokens and draw.random() < 0.1:
             pool = [ord('"')]
         text += TOKENIZER.piece(matcher.accept(draw.choice(pool), left))
         if matcher.is_over:
