@@ -144,7 +144,7 @@ def test_formats_are_enforced(name: str) -> None:
         ({"$ref": "https://example.org/x"}, "$ref", "nothing is fetched"),
         ({"$ref": "other.json#/a"}, "$ref", "nothing is fetched"),
         ({"$ref": "#name"}, "$ref", "#"),
-        ({"$ref": "#/$defs/none"}, "$ref", "there is none at #/$defs/none"),
+        ({"$ref": "#/$defs/none"}, "$ref", "there is none at '#/$defs/none'"),
         ({"$ref": 1}, "$ref", "must be a string"),
         ({"type": "strng"}, "type", "one of object"),
         ({"type": []}, "type", "one of object"),

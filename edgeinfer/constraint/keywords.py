@@ -51,6 +51,9 @@ ANNOTATIONS = frozenset(
 # The same keyword may be without effect: `uniqueItems: false` is taken.
 REFUSED = {
     "not": "say what is wanted instead",
+    "disallow": "say what is wanted instead",  # draft 3
+    "extends": "write it out",
+    "divisibleBy": "use multipleOf",
     "if": "list the alternatives with anyOf",
     "then": "list the alternatives with anyOf",
     "else": "list the alternatives with anyOf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -341,6 +342,9 @@ def test_refusals_are_in_the_access_log(endpoint: Served, caplog: pytest.LogCapt
     with endpoint.connect() as client:
         client.send(b"garbage\r\n\r\n")
         client.answer()
+    end = time.monotonic() + 20  # the answer may be here before the line is written
+    while "refused 400" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.01)
     assert "refused 400" in caplog.text
 
 
