@@ -5,6 +5,7 @@ what `keywords.py` refuses, this is what llguidance 1.9.1 takes and does not hol
 
 - a key may be written twice, which `minProperties` counts as two: more than one free key is refused;
 - a bound or constant beyond what a double holds is rounded: refused;
+- a number between two bounds less than 1 apart may be the one that is excluded and whole: rewritten;
 - `prefixItems` is dropped beside `additionalItems`: the older form of both is translated;
 - `oneOf` of references is refused though nothing fits two of them: proven here, then `anyOf`;
 - a schema that no finite answer fits is taken: refused.
@@ -44,6 +45,7 @@ MAX_REFERENCES = 500  # different ones
 MAX_LENGTH = 2**20  # of strings, arrays and objects
 MAX_MULTIPLE = 10_000  # an automaton with that many states
 MAX_EXACT = 2**53  # integers beyond are not all doubles
+MOST_FRACTION_DIGITS = 15  # that doubles tell apart
 
 # How JSON is written. Without blanks, of which a small model writes pages. Without \uXXXX: spelt with it a
 # key would pass for another one, and every character that JSON needs escaped but DEL has a short form or
@@ -216,6 +218,8 @@ class _Reader:
                 described[keyword] = self._exact(keyword, value, at)
             elif keyword in schema and value is not False:
                 self._wrong(keyword, at, "a number")
+            if keyword in described and types != ["integer"]:
+                _leave_out(described, keyword, beside)
         if "multipleOf" in schema:
             described["multipleOf"] = self._multiple(schema["multipleOf"], at)
         wanted = schema.get("format")
@@ -491,6 +495,21 @@ def _meant_type(schema: Mapping[str, Any]) -> list[str] | None:
         if said and said <= family:
             return [type_]
     return None
+
+
+def _leave_out(described: dict[str, Any], keyword: str, beside: str) -> None:
+    """Write a whole-number bound that is excluded as the number next to it, which is included: the bound
+    itself passes else as a number without a fraction, if the other bound is less than 1 away."""
+    bound = described[keyword]
+    if not float(bound).is_integer():
+        return
+    step = 10.0 ** -(MOST_FRACTION_DIGITS - len(str(abs(int(bound)))) + 1)
+    next_to_it = bound + step if keyword == "exclusiveMinimum" else bound - step
+    if next_to_it == bound:
+        return
+    del described[keyword]
+    inner = max if keyword == "exclusiveMinimum" else min
+    described[beside] = inner(described.get(beside, next_to_it), next_to_it)
 
 
 def _may_be(types: list[str] | None, wanted: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from edgeinfer.constraint import Constraint, grammar_of, parser_limits
 from edgeinfer.constraint.deep_stack import call_with_deep_stack
 from edgeinfer.engine.closing import find_closing
-from edgeinfer.engine.json_text import BEGIN, FRACTION, MOST_DIGITS, WHOLE, State, advance
+from edgeinfer.engine.json_text import BEGIN, FRACTION, MOST_DIGITS, STRING, WHOLE, State, advance
 from edgeinfer.errors import ConstraintInvalid, RequestFailed, one_line
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from edgeinfer_models.tokenizer import Tokenizer
 
 # With so many tokens left, how far an end is is looked at for the first time: milliseconds that most answers
-# never pay. Then again whenever an eighth of what is to spare is used up, at last after every token.
+# never pay. Then again whenever an eighth of what is to spare is used up, at last after every token; and at
+# what may need much more text, another item for example.
 FIRST_LOOK = 512
 _SHARE_BETWEEN_LOOKS = 8
+_OPENERS = b",[{"
 
 
 class Grammars:
@@ -114,8 +116,9 @@ class Matcher:
         self._consume(token)
         if self._closing:
             self._closing.pop(0)
-        elif tokens_left is not None and tokens_left <= self._look_at and not self._parser.is_stopped():
-            return self._look(token, tokens_left)
+        elif tokens_left is not None and tokens_left <= FIRST_LOOK and not self._parser.is_stopped():
+            if tokens_left <= self._look_at or self._opens(token):
+                return self._look(token, tokens_left)
         return token
 
     def rollback(self, num_tokens: int) -> None:
@@ -151,10 +154,17 @@ class Matcher:
         way = self._find(tokens_left + 1)
         if not way:  # there is none that is short enough (or the text is complete, and need not go on)
             self._consume(token)
-            self._look_at = -1
+            self._look_at = tokens_left - max(1, tokens_left // _SHARE_BETWEEN_LOOKS)
             return token
         self._closing = way
         return self.accept(way[0])
+
+    def _opens(self, token: int) -> bool:
+        piece = self._table.pieces[token]
+        if not any(byte in piece for byte in _OPENERS):
+            return False
+        is_in_string = self._states and self._states[-2][0] == self._states[-1][0] == STRING
+        return not is_in_string or b'"' in piece
 
     def _find(self, most: int) -> list[int] | None:
         state = self._states[-1] if self._states else None

@@ -155,6 +155,8 @@ def _outside(piece: bytes, zero_first: bool) -> int:
         return 745
     if piece in _OPENERS:
         return 300
+    if not piece.strip():
+        return 0
     return 100 - min(len(piece), 90)
 
 
