@@ -15,8 +15,8 @@ from benchmarks.peers import PeerError
 
 
 class LlamaCppServer:
-    """As a context manager. Its dependencies are llama-cpp-python's extra `server`; without them, or if it
-    is not ready in time, PeerError."""
+    """As a context manager. Its dependencies are llama-cpp-python's extra `server`; without them, or if
+    it is not ready in time, PeerError."""
 
     def __init__(self, model: Path, *, threads: int, context: int, start_s: float = 120.0) -> None:
         self._port = free_port()

@@ -30,9 +30,8 @@ class LlamaServer:
     """A running llama-server, as a context manager.
 
     threads: None leaves them to the server. context: tokens of each of the `slots`. unified: one KV
-    cache for all slots; left to itself, the server has one for each. cache_prompts: as it does by itself.
-    program: default the peer built by
-    `benchmarks.peers`.
+    cache for all slots; left to itself, the server has one for each. cache_prompts: as it does by
+    itself. program: default the peer built by `benchmarks.peers`.
     `__enter__` returns when it is healthy and raises PeerError if that takes more than `start_s`.
     """
 

@@ -35,8 +35,8 @@ class Pieces:
         return (self.num_tokens - 1) / (self.times[-1] - self.times[0])
 
     def gaps(self, start: float, stop: float) -> list[float]:
-        """Between two pieces, of those that ended inside [start, stop]. Tokens that came together are one
-        piece: a burst does not count as so many short waits."""
+        """Between two pieces, of those that ended inside [start, stop]. Tokens that came together are
+        one piece: a burst does not count as so many short waits."""
         pairs = zip(self.times, self.times[1:], strict=False)
         return [after - before for before, after in pairs if start <= after and before <= stop]
 

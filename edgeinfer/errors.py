@@ -110,8 +110,9 @@ class PromptTooLong(EdgeInferError):
 
     def __init__(self, prompt_tokens: int, context: int) -> None:
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and the context holds {context}, of which one is"
-            " kept for the answer; shorten the prompt or raise --ctx"
+            # (client libraries know "this model's maximum context length is" and raise their own error)
+            f"the prompt has {prompt_tokens} tokens and this model's maximum context length is {context}"
+            " here, one of them for the answer; shorten the prompt or raise --ctx"
         )
         self.prompt_tokens = prompt_tokens
         self.context = context

@@ -1,4 +1,4 @@
-"""Answers drawn at random from what a constraint's masks allow, over the scripted backend's vocabulary."""
+"""Answers drawn at random from what a constraint's masks allow, in the scripted backend's vocabulary."""
 
 from __future__ import annotations
 

@@ -78,14 +78,16 @@ DICT = {"type": "object", "additionalProperties": {"type": "integer"}}
         ({"prefixItems": [{"type": "integer"}], "additionalItems": False}, [[1, "x"]], [["x"]]),
         ({"type": "array", "uniqueItems": False}, [[1, 1]], [1]),
         (DICT, [{}, {"a": 1, "b": 2}], [{"a": "x"}]),
-        ({**DICT, "properties": {"a": {"type": "string"}}}, [{"a": "x", "b": 1}], [{"a": 1}, {"b": "x"}]),
+        ({**DICT, "properties": {"a": {"type": "string"}}},
+         [{"a": "x", "b": 1}], [{"a": 1}, {"b": "x"}]),
         ({**DICT, "required": ["a"]}, [{"a": 1}], [{}, {"a": "x"}]),
         ({**DICT, "minProperties": 1}, [{"a": 1}], [{}]),
         ({**DICT, "maxProperties": 1}, [{}, {"a": 1}], [{"a": 1, "b": 2}]),
         ({"properties": {"a": {}, "b": {}}, "minProperties": 1}, [{"a": 1}, {"b": 1}], [{}]),
         ({"properties": {"a": {}, "b": {}}, "maxProperties": 1}, [{}, {"b": 1}], [{"a": 1, "b": 2}]),
         ({"properties": {"a": {}, "b": {}}, "maxProperties": 2}, [{"a": 1, "b": 1}], [{"c": 1}]),
-        ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
+        ({"type": "object", "patternProperties": {"^a": {"type": "integer"}},
+          "additionalProperties": False},
          [{"ab": 1}], [{"ab": "x"}, {"b": 1}]),
         ({**DICT, "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}, {"x": 1, "y": 2}], [{"z": 1}]),
         ({**DICT, "propertyNames": {"pattern": "^[a-c]$"}}, [{"a": 1}], [{"d": 1}, {"a": "x"}]),
@@ -108,7 +110,8 @@ def test_what_is_taken_is_enforced(schema: object, good: list[Any], bad: list[An
 
 
 FORMATS = {
-    "date": (["2024-02-29", "2000-02-29", "0001-12-31"], ["2023-02-29", "1900-02-29", "0000-01-01", "2024-13-01"]),
+    "date": (["2024-02-29", "2000-02-29", "0001-12-31"],
+             ["2023-02-29", "1900-02-29", "0000-01-01", "2024-13-01"]),
     "time": (["23:59:59Z", "00:00:00.25+05:30"], ["24:00:00Z", "23:59:60Z", "12:00:00", "12:00"]),
     "date-time": (["2024-02-29T10:00:00Z"], ["2023-02-29T10:00:00Z", "2024-02-28 10:00:00Z"]),
     "email": (["a.b@example.org"], ["a", "a@", "a b@c.d"]),
@@ -170,7 +173,8 @@ def test_formats_are_enforced(name: str) -> None:
         ({"items": 1}, None, "the schema at #/items must be"),
         ({"prefixItems": []}, "prefixItems", "a list"),
         ({"items": [{}], "prefixItems": [{}]}, "items", "beside prefixItems"),
-        ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "prefixItems", "draft"),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]},
+         "prefixItems", "draft"),
         ({"properties": []}, "properties", "an object of schemas"),
         ({"required": [1]}, "required", "a list of strings"),
         ({**DICT, "minProperties": 2}, "minProperties", "by name"),
@@ -182,7 +186,8 @@ def test_formats_are_enforced(name: str) -> None:
         ({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, "oneOf", "use anyOf"),
         ({"anyOf": []}, "anyOf", "one schema or more"),
         ({"allOf": {}}, "allOf", "one schema or more"),
-        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}, None, "no finite JSON"),
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}, None,
+         "no finite JSON"),
         ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, None,
          "no finite JSON"),
         ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, None, "no finite JSON"),
@@ -287,7 +292,10 @@ def test_what_pydantic_writes_is_taken_and_read_back(kind: str) -> None:
 
 
 def test_what_zod_writes_is_taken() -> None:
-    email = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    email = (
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]"
+        r"@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    )
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",

@@ -1,4 +1,4 @@
-"""The endpoint against llama-server and llama_cpp.server: the same file, threads, KV type, slots and context.
+"""The endpoint against llama-server and llama_cpp.server: same file, threads, KV type, slots, context.
 
 Both sides are asked the same texts over the same client code (/v1/completions, streamed, greedy, a fixed
 number of tokens), and stay up between their turns. Prompts are new each time, and both cache prompts.
@@ -159,7 +159,8 @@ def against_llama_server(bar: Bar, model: Path, threads: int) -> None:
                 )
                 more = statistics.median(a - b for a, b in zip(ttft.a, ttft.b, strict=True))
                 bar.require(
-                    f"first token {1e3 * more:+.1f} ms from llama-server's <= {1e3 * MOST_TTFT_MORE_S:+.0f} ms",
+                    f"first token {1e3 * more:+.1f} ms from llama-server's"
+                    f" <= {1e3 * MOST_TTFT_MORE_S:+.0f} ms",
                     more <= MOST_TTFT_MORE_S and enough,
                 )
                 continue

@@ -1,8 +1,8 @@
 """What HTTP adds to a request and to a streamed token, over a scripted model that takes no time.
 
-The request: seconds of a whole answer of one token over a kept connection, less those of the same request
-to the client the endpoint is built on, in turns. The token: processor time of the endpoint's process while
-it streams, less that of a process that reads the same answers from that client.
+The request: seconds of a whole answer of one token over a kept connection, less those of the same
+request to the client the endpoint is built on, in turns. The token: processor time of the endpoint's
+process while it streams, less that of a process that reads the same answers from that client.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Ten minutes of everything at once against the endpoint, its model's process killed in the middle.
 
-Clients ask short and long questions, hang up in the middle, send what is malformed, and ask for JSON under a
-schema. Questions come from a fixed set whose greedy answers were heard alone before, so that text of one
-request in another's answer is seen. One thread, for which answers are bit for bit those alone.
+Clients ask short and long questions, hang up in the middle, send what is malformed, and ask for JSON
+under a schema. Questions come from a fixed set whose greedy answers were heard alone before, so that
+text of one request in another's answer is seen. One thread, for which answers are bit for bit those
+alone.
 """
 
 from __future__ import annotations
@@ -240,9 +241,8 @@ def measure(bar: Bar) -> None:
                 load.killed.set()
                 os.kill(worker_of(endpoint.pid), signal.SIGKILL)
             if now % 30 < 1:
-                bar.say(
-                    f"  {now:.0f} s: {series[-1][1] / 1e6:.0f} MB, {sum(load.outcomes.values())} requests"
-                )
+                requests = sum(load.outcomes.values())
+                bar.say(f"  {now:.0f} s: {series[-1][1] / 1e6:.0f} MB, {requests} requests")
         marks["end"] = max(size for at, size in series if at > seconds - KEPT_WARM)
         load.stop.set()
         for thread in threads:

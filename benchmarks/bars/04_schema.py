@@ -1,9 +1,9 @@
-"""1,000 answers of the starter under 20 JSON schemas: what ends with `stop` is valid, hardly any is cut off.
+"""1,000 starter answers under 20 JSON schemas: what ends with `stop` is valid, hardly any is cut off.
 
-Several at once through the worker, at the sampling settings of a user who changes none, each with another
-seed; whether an answer is valid is for the `jsonschema` package to say, its formats included. A model of 135
-million parameters rambles: how many answers edgeinfer had to close within their limit is shown, and is no
-failure. About half an hour on two cores.
+Several at once through the worker, at the sampling settings of a user who changes none, each with
+another seed; whether an answer is valid is for the `jsonschema` package to say, its formats included. A
+model of 135 million parameters rambles: how many answers edgeinfer had to close within their limit is
+shown, and is no failure. About half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _report(bar: Bar, tallies: dict[str, Tally], examples: Sequence[str], second
     answers = total.stop + total.length + total.failed
     bar.say(
         f"\n{answers} answers of at most {bar.options.max_tokens} tokens under {len(tallies)} schemas"
-        f" in {seconds:.0f} s ({total.tokens / seconds:.0f} tok/s, {AT_ONCE} at once), seed {bar.options.seed}"
+        f" in {seconds:.0f} s ({total.tokens / seconds:.0f} tok/s, {AT_ONCE} at once),"
+        f" seed {bar.options.seed}"
     )
     bar.say(table(rows))
     for example in examples[:20]:

@@ -2,8 +2,8 @@
 
     check_constraint(Constraint("json_schema", schema))    # before a request is accepted
 
-Fails closed: what cannot be enforced is refused by its name. The engine turns a constraint into token masks
-(`engine/grammar.py`); llguidance is imported here and there only, and only when it is needed.
+Fails closed: what cannot be enforced is refused by its name. The engine turns a constraint into token
+masks (`engine/grammar.py`); llguidance is imported here and there only, and only when it is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Running llguidance's compiler where its recursion cannot end the process.
 
-It recurses over a schema and along its references, 4 kB and more for each level: 2,000 definitions that refer
-to one another overflow an ordinary stack of 8 MB (1.9.1), which no exception can say.
+It recurses over a schema and along its references, 4 kB and more for each level: 2,000 definitions that
+refer to one another overflow an ordinary stack of 8 MB (1.9.1), which no exception can say.
 """
 
 from __future__ import annotations

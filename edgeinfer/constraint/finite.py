@@ -1,4 +1,4 @@
-"""Whether a schema can be answered at all before the context is full: `{"next": …}` without end cannot."""
+"""Whether a schema can be answered before the context is full: `{"next": …}` without end cannot."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """String formats as what an answer is held to.
 
-Those that a regular expression of llguidance describes exactly pass through. Its dates may be the 29th of
-February of any year and its times may have 60 seconds, which readers of dates refuse: these are ours.
+Those that a regular expression of llguidance describes exactly pass through. Its dates may be the 29th
+of February of any year and its times may have 60 seconds, which readers of dates refuse: these are ours.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ NUMBERS: dict[str, tuple[int, int] | None] = {
     "uint64": (0, 10**18),
 }
 
-# Formats of the standard that are not enforced. Others, of nobody's standard, may stand beside a pattern,
-# which then is what says what they mean.
+# Formats of the standard that are not enforced. Others, of nobody's standard, may stand beside a
+# pattern, which then is what says what they mean.
 STANDARD = frozenset({"regex", "relative-json-pointer"})

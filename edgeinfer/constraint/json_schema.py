@@ -1,7 +1,8 @@
 """A JSON schema as llguidance may see it: all of it enforced, or refused by the name of a keyword.
 
-`checked_schema` writes the schema anew out of what it understood, so that nothing else gets through. Beside
-what `keywords.py` refuses, this is what llguidance 1.9.1 takes and does not hold, and what is done:
+`checked_schema` writes the schema anew out of what it understood, so that nothing else gets through.
+Beside what `keywords.py` refuses, this is what llguidance 1.9.1 takes and does not hold, and what is
+done:
 
 - a key may be written twice, which `minProperties` counts as two: more than one free key is refused;
 - a bound or constant beyond what a double holds is rounded: refused;
@@ -10,9 +11,9 @@ what `keywords.py` refuses, this is what llguidance 1.9.1 takes and does not hol
 - `oneOf` of references is refused though nothing fits two of them: proven here, then `anyOf`;
 - a schema that no finite answer fits is taken: refused.
 
-Where a schema leaves something open, the answer is held to less, which is valid: an object that lists its
-properties and does not mention `additionalProperties` gets no others (a small model would not stop adding
-some), and a schema without `type` whose keywords are all about one type gets that type.
+Where a schema leaves something open, the answer is held to less, which is valid: an object that lists
+its properties and does not mention `additionalProperties` gets no others (a small model would not stop
+adding some), and a schema without `type` whose keywords are all about one type gets that type.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ MAX_MULTIPLE = 10_000  # an automaton with that many states
 MAX_EXACT = 2**53  # integers beyond are not all doubles
 MOST_FRACTION_DIGITS = 15  # that doubles tell apart
 
-# How JSON is written. Without blanks, of which a small model writes pages. Without \uXXXX: spelt with it a
-# key would pass for another one, and every character that JSON needs escaped but DEL has a short form or
-# is no text.
+# How JSON is written. Without blanks, of which a small model writes pages. Without \uXXXX: spelt with it
+# a key would pass for another one, and every character that JSON needs escaped but DEL has a short form
+# or is no text.
 COMPACT: Mapping[str, Any] = {
     "whitespace_flexible": False,
     "item_separator": ",",
@@ -364,12 +365,14 @@ class _Reader:
             for key in allowed:
                 properties.setdefault(key, True if others is None else others)
             return False
-        if said.keys() == {"pattern"} and not properties and not patterns:
-            pattern = said["pattern"]
-            self._pattern("pattern", pattern, f"{at}/propertyNames")
-            patterns[pattern] = True if others is None else others
-            return False
-        self._unsupported("propertyNames", at, "only as a list of names (enum), or as a pattern alone")
+        if said.keys() != {"pattern"} or properties or patterns:
+            self._unsupported(
+                "propertyNames", at, "only as a list of names (enum), or as a pattern alone"
+            )
+        pattern = said["pattern"]
+        self._pattern("pattern", pattern, f"{at}/propertyNames")
+        patterns[pattern] = True if others is None else others
+        return False
 
     def _property_counts(self, schema: Mapping[str, Any], at: str, described: dict[str, Any]) -> None:
         """`minProperties` and `maxProperties`, where they say something that can be held."""
@@ -478,7 +481,7 @@ class _Reader:
             if "$ref" not in schema or any(key in ENFORCED for key in schema if key != "$ref"):
                 return schema
             schema = self._resolve(self._pointer(schema["$ref"], at), at)
-        self._wrong("$ref", at, "the place of a schema, not a circle of references")
+        return self._wrong("$ref", at, "the place of a schema, not a circle of references")
 
     def _dereferenced_or_none(self, schema: object) -> Mapping[str, Any] | None:
         try:

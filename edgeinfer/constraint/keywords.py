@@ -1,8 +1,9 @@
 """What becomes of each JSON Schema keyword: enforced, without a say, or refused.
 
-Tried with llguidance 1.9.1, drafts 4 to 2020-12. By itself it refuses keywords it knows and cannot enforce,
-and ignores what it does not know: a misspelt `requried` would be a constraint lost without a word. Some it
-takes and does not hold (see `json_schema.py`). So nothing reaches it that is not named here.
+Tried with llguidance 1.9.1, drafts 4 to 2020-12. By itself it refuses keywords it knows and cannot
+enforce, and ignores what it does not know: a misspelt `requried` would be a constraint lost without a
+word. Some it takes and does not hold (see `json_schema.py`). So nothing reaches it that is not named
+here.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ENFORCED = frozenset({"type", *APPLICATORS}) | STRING | NUMBER | ARRAY | OBJECT
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
-# They say nothing about what is valid. The last ones are OpenAPI's and editors' own; `nullable` would allow
-# more than the schema without it, so an answer without null is valid either way.
+# They say nothing about what is valid. The last ones are OpenAPI's and editors' own; `nullable` would
+# allow more than the schema without it, so an answer without null is valid either way.
 ANNOTATIONS = frozenset(
     {
         *(

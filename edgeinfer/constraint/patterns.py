@@ -1,8 +1,9 @@
 """Regular expressions of schemas (ECMA-262), made such that llguidance means the same by them or less.
 
 Its dialect is that of Rust's regex crate. What means another thing there is refused (`[a&&b]` is an
-intersection, `\\z` an end), as is what it has not (look-around, back references). `.` and `\\s` are narrowed to
-what every dialect takes: Python's `re`, which validates many answers, and ECMAScript differ in them.
+intersection, `\\z` an end), as is what it has not (look-around, back references). `.` and `\\s` are
+narrowed to what every dialect takes: Python's `re`, which validates many answers, and ECMAScript differ
+in them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _LINE_ENDS = r"\n\r\x{2028}\x{2029}"
 
 # Look-around that a common tool writes, and the same without it. zod 4: no dot first, last or doubled.
 _KNOWN = {
-    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+    (
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]"
+        r"@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    ): (
         r"^[A-Za-z0-9_'+-]*[A-Za-z0-9_+-](?:\.[A-Za-z0-9_'+-]*[A-Za-z0-9_+-])*"
         r"@(?:[A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$"
     ),

@@ -1,4 +1,4 @@
-"""Reading a schema's text, and what is looked at before the schema is understood: size, draft, references."""
+"""Reading a schema's text, and what is looked at before it is understood: size, draft, references."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def read_schema(text: str, name: str) -> object:
     size = len(text.encode("utf-8", "replace"))
     if size > MAX_BYTES:
         raise ConstraintInvalid(f"{name}: the schema has {size} bytes; at most {MAX_BYTES} are taken")
-    # Before the JSON reader, which recurses. Text that is no JSON may fool it; then the reader stops early.
+    # Before the JSON reader, which recurses. Text that is no JSON may fool it; then the reader stops
+    # early.
     depth = deepest = 0
     for bracket in re.findall(r"[][{}]", _STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
@@ -74,8 +75,8 @@ def draft_of(schema: object) -> int | None:
 
 
 def combines(schema: object) -> bool:
-    """Whether anywhere an object is described by several schemas at once (allOf, or keywords beside anyOf
-    or $ref), of which none knows all properties."""
+    """Whether anywhere an object is described by several schemas at once (allOf, or keywords beside
+    anyOf or $ref), of which none knows all properties."""
     for each in _objects_in(schema):
         applied = [key for key in APPLICATORS if key in each and key not in ("enum", "const")]
         if len(applied) > 1 or (applied and OBJECT & each.keys()):

@@ -1,8 +1,8 @@
 """The shortest way found from within an answer to an end that its grammar accepts.
 
 llguidance knows what may come next and not how far the end is. So a copy of the parser is walked there,
-along the tokens that close what is open or begin the least. The way need not be the shortest there is, and
-there may be one where none is found; one that is found is right.
+along the tokens that close what is open or begin the least. The way need not be the shortest there is,
+and there may be one where none is found; one that is found is right.
 """
 
 from __future__ import annotations

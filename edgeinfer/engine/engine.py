@@ -141,7 +141,6 @@ class Engine:
         submitted: perf_counter() of when the user asked, for TTFT. matcher: of the request's constraint,
         from `grammars`; None: made here, which takes milliseconds and the first time half a second.
         """
-        facts = self.runtime.facts
         seed = request.sampling.seed
         warnings = []
         if request.constraint is not None and request.constraint.is_json and request.stop:

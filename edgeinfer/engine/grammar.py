@@ -4,8 +4,8 @@
     token = runtime.sample(row, sampler, matcher.mask())
     token = matcher.accept(token, tokens_left)
 
-llguidance's matcher says errors in a state that it keeps. Here they are exceptions: a request whose grammar
-failed ends `failed`, and never goes on without it.
+llguidance's matcher says errors in a state that it keeps. Here they are exceptions: a request whose
+grammar failed ends `failed`, and never goes on without it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from edgeinfer.engine.token_table import TokenTable
     from edgeinfer_models.tokenizer import Tokenizer
 
-# With so many tokens left, how far an end is is looked at for the first time: milliseconds that most answers
-# never pay. Then again whenever an eighth of what is to spare is used up, at last after every token; and at
-# what may need much more text, another item for example.
+# With so many tokens left, how far an end is is looked at for the first time: milliseconds that most
+# answers never pay. Then again whenever an eighth of what is to spare is used up, at last after every
+# token; and at what may need much more text, another item for example.
 FIRST_LOOK = 512
 _SHARE_BETWEEN_LOOKS = 8
 _OPENERS = b",[{"
@@ -66,8 +66,8 @@ class Grammars:
 class Matcher:
     """One answer's way through its grammar.
 
-    It also sees to it that an answer ends in time: when the tokens left are no more than it takes to close
-    what is open, only those may come. `closed_early` says that they did.
+    It also sees to it that an answer ends in time: when the tokens left are no more than it takes to
+    close what is open, only those may come. `closed_early` says that they did.
     """
 
     def __init__(self, parser: LLMatcher, table: TokenTable, constraint: Constraint) -> None:
@@ -94,8 +94,8 @@ class Matcher:
         return self._closing == [] or (self._parser.is_stopped() and not self._parser.is_error())
 
     def mask(self) -> bytes:
-        """What may come next, as `Runtime.sample` takes it. Every end token may, exactly where the text is
-        complete. Raises RequestFailed."""
+        """What may come next, as `Runtime.sample` takes it. Every end token may, exactly where the text
+        is complete. Raises RequestFailed."""
         if self._closing:
             return self._table.only(self._closing[0])
         mask = self._parser.compute_bitmask()
@@ -108,17 +108,22 @@ class Matcher:
         return mask
 
     def accept(self, token: int, tokens_left: int | None = None) -> int:
-        """Take a token that the mask allows and that is no end token, or another one in its place, if after
-        it the answer could not be ended in time. Returns the one taken.
+        """Take a token that the mask allows and that is no end token, or another one in its place, if
+        after it the answer could not be ended in time: an end token, if it is complete without it.
+        Returns the one taken.
 
         tokens_left: that may still come after it; None: as many as it takes. Raises RequestFailed.
         """
         self._consume(token)
         if self._closing:
             self._closing.pop(0)
-        elif tokens_left is not None and tokens_left <= FIRST_LOOK and not self._parser.is_stopped():
-            if tokens_left <= self._look_at or self._opens(token):
-                return self._look(token, tokens_left)
+        elif (
+            tokens_left is not None
+            and tokens_left <= FIRST_LOOK
+            and not self._parser.is_stopped()
+            and (tokens_left <= self._look_at or self._opens(token))
+        ):
+            return self._look(token, tokens_left)
         return token
 
     def rollback(self, num_tokens: int) -> None:
@@ -144,15 +149,18 @@ class Matcher:
             del self._states[-num_tokens:]
 
     def _look(self, token: int, tokens_left: int) -> int:
-        """How far the end is; and if it has become too far with this token, the first one on the way to the
-        end without it."""
+        """How far the end is; and if it has become too far with this token, the first one on the way to
+        the end without it."""
         way = self._find(tokens_left)
         if way is not None:
             self._look_at = tokens_left - max(1, (tokens_left - len(way)) // _SHARE_BETWEEN_LOOKS)
             return token
         self._take_back(1)
         way = self._find(tokens_left + 1)
-        if not way:  # there is none that is short enough (or the text is complete, and need not go on)
+        if way == [] and self._table.ends:
+            self._closing = []
+            return self._table.ends[0]
+        if not way:
             self._consume(token)
             self._look_at = tokens_left - max(1, tokens_left // _SHARE_BETWEEN_LOOKS)
             return token

@@ -11,9 +11,10 @@ OUTSIDE, STRING, ESCAPE, WHOLE, FRACTION, POWER = range(6)
 State = tuple[int, int]
 BEGIN: State = (OUTSIDE, 0)
 
-# Most digits of a part of a number, where the grammar allows it to end. JSON sets no limit, and a small model
-# writes zeros until its tokens are used up. 15 behind the point are told apart by doubles: with more, 0.29999…
-# is 0.3 to who reads it, and not below it. Above 1e99 comes, with more digits, what is no double any more.
+# Most digits of a part of a number, where the grammar allows it to end. JSON sets no limit, and a small
+# model writes zeros until its tokens are used up. 15 behind the point are told apart by doubles: with
+# more, 0.29999… is 0.3 to who reads it, and not below it. Above 1e99 comes, with more digits, what is no
+# double any more.
 MOST_DIGITS = {WHOLE: 40, FRACTION: 15, POWER: 2}
 
 _QUOTE, _BACKSLASH, _POINT, _ZERO, _NINE = b'"\\.09'

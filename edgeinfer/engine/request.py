@@ -36,8 +36,9 @@ class Request:
     """One answer to make. Exactly one of `messages`, `prompt` and `tokens` is given.
 
     messages: rendered by the model's chat template. prompt: taken as text, no template.
-    constraint: what the answer has to be. An answer that ends with `stop` is that, whole; `length` may cut
-    it off. JSON has no stop strings: they may be in its text, so they do not end it, and a warning says so.
+    constraint: what the answer has to be. An answer that ends with `stop` is that, whole; `length` may
+    cut it off. JSON has no stop strings: they may be in its text, so they do not end it, and a warning
+    says so.
     """
 
     messages: tuple[Message, ...] | None = None

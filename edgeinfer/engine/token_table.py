@@ -161,8 +161,8 @@ def _outside(piece: bytes, zero_first: bool) -> int:
 
 
 def _inside(piece: bytes, way: int) -> int:
-    """Of a token inside a string: what ends it first; else long tokens (for a least length), short ones, or
-    those that patterns ask for."""
+    """Of a token inside a string: what ends it first; else long tokens (for a least length), short ones,
+    or those that patterns ask for."""
     if not piece:
         return -1
     if piece[:1] == b'"':

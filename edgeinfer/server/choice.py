@@ -1,4 +1,4 @@
-"""One choice of a chat reply in the making: the model's text taken apart into thinking, text and calls."""
+"""One choice of a chat reply in the making: the model's text as thinking, text and calls."""
 
 from __future__ import annotations
 

@@ -148,9 +148,9 @@ class Service:
         while limit and isinstance(client, LocalClient):
             await asyncio.sleep(min(IDLE_CHECK_S, limit / 4))
             idle = time.monotonic() - self._last_used
-            if not self._num_open and idle >= limit and client.info is not None:
-                if await asyncio.to_thread(client.unload):
-                    log.info("%s left memory after %.0f s without a request", self.name, idle)
+            is_due = not self._num_open and idle >= limit and client.info is not None
+            if is_due and await asyncio.to_thread(client.unload):
+                log.info("%s left memory after %.0f s without a request", self.name, idle)
 
 
 def served_name(client: LocalClient) -> tuple[str, list[str]]:

@@ -133,7 +133,7 @@ def test_a_damaged_model_of_the_store_is_one_line(console: Console, tiny: Path) 
 def test_a_prompt_longer_than_the_context_says_both_numbers(console: Console, script: Script) -> None:
     done = console("run", "--ctx", "64", *script(), "-", stdin=b"x" * 500)
     assert (done.code, done.out) == (1, "")
-    assert "the prompt has 519 tokens and the context holds 64" in done.error_line
+    assert "the prompt has 519 tokens and this model's maximum context length is 64" in done.error_line
     failed = console("run", "--json", "--ctx", "64", *script(), "-", stdin=b"x" * 500)
     assert failed.json["error"]["type"] == "prompt_too_long"
 

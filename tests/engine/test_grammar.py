@@ -1,4 +1,4 @@
-"""Constrained answers over the scripted backend: what may come next, where it ends, and what goes wrong."""
+"""Constrained answers over the scripted backend: what may come next, where it ends, what goes wrong."""
 
 from __future__ import annotations
 
@@ -276,7 +276,8 @@ def test_what_cannot_be_closed_in_time_is_not_hindered() -> None:
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.01},
         {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 4},
         {"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "properties": {"l": {"anyOf": [
-            {"$ref": "#/$defs/t"}, {"type": "null"}]}, "v": {"type": "number"}}, "required": ["l", "v"]}}},
+            {"$ref": "#/$defs/t"}, {"type": "null"}]}, "v": {"type": "number"}},
+            "required": ["l", "v"]}}},
     ],
 )  # fmt: skip
 def test_every_form_has_a_way_to_its_end(schema: Any) -> None:
@@ -294,6 +295,21 @@ def test_a_grammar_is_closed_in_time_too() -> None:
     text = rambling(matcher, 3, 60)
     assert text is not None and matcher.closed_early
     assert isinstance(json.loads(text.removeprefix("<call>").removesuffix("</call>"))["a"], str)
+
+
+def test_what_is_complete_is_not_followed_by_what_cannot_be() -> None:
+    call = '"<call>" %json {"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'
+    matcher = GRAMMARS.matcher(Constraint("lark", f"start: call+\ncall: {call} \"</call>\"\n"))
+    text = b""
+    for left in reversed(range(60)):
+        tokens = [t for t in allowed(matcher) if not TOKENIZER.is_end(t)]
+        tokens = [t for t in tokens if TOKENIZER.piece(t) == b"}"] or tokens  # numbers stay short
+        token = matcher.accept(tokens[0], left)
+        text += TOKENIZER.piece(token)
+        if TOKENIZER.is_end(token):
+            break
+    assert matcher.is_over and matcher.closed_early
+    assert text.count(b"<call>") == text.count(b"</call>") > 0
 
 
 def test_free_text_is_cut_and_not_closed() -> None:
@@ -365,7 +381,9 @@ def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def arrays(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     plain = st.builds(
-        lambda items, least, more: {"type": "array", "items": items, "minItems": least, "maxItems": least + more},
+        lambda items, least, more: {
+            "type": "array", "items": items, "minItems": least, "maxItems": least + more,
+        },
         inner, st.integers(0, 2), st.integers(0, 3),
     )  # fmt: skip
     tuples = st.builds(
