@@ -64,7 +64,7 @@ _LOADING = ("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "
 
 
 def attached(context: typer.Context, url: str, api_key: str | None, model: str | None) -> HttpClient:
-    """A client of an endpoint that runs already. Raises UsageError for an option that cannot reach it."""
+    """A client of an endpoint that runs already. Raises UsageError for options that cannot reach it."""
     from edgeinfer.client.http import HttpClient
 
     for name in _LOADING:

@@ -209,7 +209,7 @@ ApiKey = Annotated[
     str | None,
     _option(
         "api-key",
-        "What a client must send as its key. Better in a file or the variable: others see command lines.",
+        "What a client must send as its key. A file or the variable is better: others see commands.",
         "KEY",
         _ENDPOINT,
     ),

@@ -181,10 +181,10 @@ def _run(
 def _greet(url: str, service: Service, say: object) -> None:
     assert callable(say)  # noqa: S101
     info = service.info
-    context = f", {info.context:,} tokens of context each" if info else ""
-    say(
-        f"{service.name} answers at {url}/v1 ({service.settings.parallel} at once{context}); Ctrl+C ends it"
-    )
+    most = f"{service.settings.parallel} at once"
+    if info:
+        most += f", {info.context:,} tokens of context each"
+    say(f"{service.name} answers at {url}/v1 ({most}); Ctrl+C ends it")
 
 
 def parse_duration(option: str, text: str) -> float:

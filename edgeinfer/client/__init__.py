@@ -19,6 +19,7 @@ from edgeinfer.client.client import (
 )
 from edgeinfer.client.local import LocalClient
 from edgeinfer.engine.request import (
+    NO_STOP_STRINGS,
     Embedded,
     Ended,
     EngineStatus,
@@ -35,6 +36,7 @@ from edgeinfer.engine.request import (
 from edgeinfer.open import OpenOptions
 
 __all__ = [
+    "NO_STOP_STRINGS",
     "PROGRESS_HEADER",
     "Client",
     "Embedded",

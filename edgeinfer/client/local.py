@@ -12,12 +12,14 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
+from edgeinfer.constraint import Constraint, as_lark
 from edgeinfer.engine.process import EngineProcess
 from edgeinfer.engine.request import Ended, EngineStatus, Event, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
 from edgeinfer.machine.gpus import find_gpus, gpu_finding
 from edgeinfer.machine.ledger import MemoryUse
 from edgeinfer.open import OpenOptions, OpenPlan, plan_open
+from edgeinfer_models.reasoning import constrained_after_reasoning, reasoning_tags
 from edgeinfer_models.store import record_last_used
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class LocalClient(Client):
         self._load_cancelled = False
         self._progress: LoadProgress | None = None
         self._deaths = 0
+        self._control_tokens: dict[str, int | None] = {}
         # Rendering may take seconds with a hostile template; it must not hold the caller.
         self._renderers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
 
@@ -221,7 +224,34 @@ class LocalClient(Client):
         stop = request.stop
         if self._plan and not (request.constraint is not None and request.constraint.is_json):
             stop = (*stop, *self._plan.template.stop)  # which may be part of a text in JSON
-        return replace(request, messages=None, tools=(), prompt=prompt, stop=stop)
+        constraint = request.constraint
+        if constraint is not None and request.may_think:
+            constraint = self._after_thought(constraint, prompt)
+        return replace(request, messages=None, tools=(), prompt=prompt, stop=stop, constraint=constraint)
+
+    def _after_thought(self, constraint: Constraint, prompt: str) -> Constraint:
+        """For a model that thinks first: the thought is free. Raises ConstraintInvalid."""
+        tags = reasoning_tags(self._plan.template) if self._plan else None
+        if tags is None or constraint.kind == "regex":
+            return constraint
+        grammar = constrained_after_reasoning(
+            as_lark(constraint),
+            tags,
+            opened=tags.opened_by(prompt),
+            tokens=self.control_tokens(tags.visible_tokens),
+        )
+        return Constraint("lark", grammar)
+
+    def control_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of the texts that are one control token in the loaded model's vocabulary."""
+        for text in texts:
+            if text not in self._control_tokens:
+                found = self.tokenize(text, parse_special=True)
+                plain = self.tokenize(text, parse_special=False)
+                is_control = len(found) == 1 and plain != found
+                self._control_tokens[text] = found[0].id if is_control else None
+        ids = {text: self._control_tokens[text] for text in texts}
+        return {text: token for text, token in ids.items() if token is not None}
 
     def count_tokens(self, request: Request) -> int:
         if request.tokens is not None:

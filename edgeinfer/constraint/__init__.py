@@ -9,8 +9,9 @@ masks (`engine/grammar.py`); llguidance is imported here and there only, and onl
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer.constraint.deep_stack import call_with_deep_stack
 from edgeinfer.constraint.json_schema import COMPACT, checked_schema
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Constraint",
     "ConstraintKind",
+    "as_lark",
     "check_constraint",
     "checked_schema",
     "grammar_of",
@@ -82,6 +84,18 @@ def grammar_of(constraint: Constraint, name: str = "response_format") -> str:
     if constraint.kind == "lark":
         return LLMatcher.grammar_from_lark(constraint.text)
     raise ConstraintInvalid(f"{name}: there is no constraint of kind {constraint.kind!r}")
+
+
+def as_lark(constraint: Constraint, name: str = "response_format") -> str:
+    """The constraint as a grammar in llguidance's dialect of Lark, to be put into another one: its first
+    rule is `start`, on a line of its own. Not for a regex. Raises ConstraintInvalid."""
+    if constraint.kind == "lark":
+        return constraint.text
+    if constraint.kind == "json_object":
+        schema: Mapping[str, Any] = {"type": "object", "x-guidance": COMPACT}
+    else:
+        schema = checked_schema(read_schema(constraint.text, name), name)
+    return f"start: %json {json.dumps(schema)}\n"
 
 
 def parser_limits() -> LLParserLimits:

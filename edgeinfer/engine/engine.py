@@ -23,6 +23,7 @@ from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.prefix_cache import PrefixCache, common_length
 from edgeinfer.engine.request import (
+    NO_STOP_STRINGS,
     CacheStats,
     Embedded,
     Ended,
@@ -62,7 +63,6 @@ Events = list[tuple[int, Event]]
 
 PREFILL_SLICE_S = 0.2  # a prompt beside running streams gets chunks of about this long
 FIRST_SLICE = 64  # tokens of such a chunk where nothing tells how long one takes
-NO_STOP_STRINGS = "stop strings do not end an answer that is JSON: they may be in its text"
 CLOSED_EARLY = (
     "the answer was brought to its end within its limit of tokens; a larger one lets it say more"
 )
@@ -398,7 +398,7 @@ class Engine:
             self._events += self._end(running, "finished", reason)
 
     def _is_at_end(self, running: RunningRequest) -> bool:
-        """Whether a stop string was met, or the grammar has no more to say (its end token costs a step)."""
+        """Whether a stop string was met, or nothing but an end token may come (which costs a step)."""
         if running.request.stop:
             running.read(self.runtime.tokenizer)
             if running.detokenizer.stopped_by is not None:

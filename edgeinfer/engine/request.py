@@ -15,6 +15,7 @@ Outcome = Literal["finished", "failed", "cancelled"]
 Overflow = Literal["stream", "stop", "error"]
 CacheTier = Literal["none", "live", "memory", "disk"]
 
+NO_STOP_STRINGS = "stop strings do not end an answer that is JSON: they may be in its text"
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 
@@ -51,6 +52,7 @@ class Request:
     logprobs: int | None = None  # None: off; n: the chosen token's and the n likeliest others'
     overflow: Overflow = "error"
     constraint: Constraint | None = None
+    may_think: bool = False  # before the constrained answer, in the tags of the model's template
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event

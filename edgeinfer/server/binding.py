@@ -53,7 +53,7 @@ def listen(host: str, port: int) -> tuple[Address, list[socket.socket]]:
             sockets.append(listening)
             real = listening.getsockname()[1]
         if not sockets:
-            assert refused is not None  # noqa: S101  # _addresses gives at least one
+            assert refused is not None  # _addresses gives at least one
             raise _cannot_listen(host, real, refused) from refused
         undo.pop_all()
     return Address(_bare(host), real), sockets

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeinfer.client import Ended, Event, Message, Queued, Request, RunStats, Text
-from edgeinfer.constraint import Constraint
+from edgeinfer.client import NO_STOP_STRINGS, Ended, Event, Message, Queued, Request, RunStats, Text
+from edgeinfer.constraint import Constraint, as_lark
 from edgeinfer.server.choice import Choice
+from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError, invalid
 from edgeinfer.server.openai_replies import Chat
 from edgeinfer.server.openai_requests import ChatRequest, NamedTool, ResponseFormat, message_of
@@ -23,7 +24,7 @@ _MOST_VARIABLE_CHARACTERS = 16_384
 
 
 class ChatJob:
-    """What one HTTP request asks for: the engine's requests, one for each choice, and how to read them."""
+    """What one HTTP request asks for: the engine's requests, one a choice, and how to read them."""
 
     def __init__(self, service: Service, body: ChatRequest, asked_by: str) -> None:
         """Raises ApiError, EdgeInferError."""
@@ -35,16 +36,22 @@ class ChatJob:
         tools, choice = _tools_of(body)
         callable_tools = tools if choice.kind != "none" else []
         messages, shown = dialect.tools.prepare(_messages_of(body), tools, choice)
+        constraint = _constraint_of(body, dialect, callable_tools, choice)
+        stop = body.stop_strings
+        if stop and constraint is not None and constraint.is_json:
+            stop = ()
+            self._warnings.append(NO_STOP_STRINGS)
         request = Request(
             messages=tuple(_message(each) for each in messages),
             sampling=body.sampling(service.sampling),
             max_tokens=body.longest or service.max_tokens,
-            stop=body.stop_strings,
+            stop=stop,
             ignore_eos=body.ignore_eos,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             tools=tuple(shown or ()),
             template_options=_template_options(body),
-            constraint=_constraint_of(body, dialect.grammar(callable_tools, choice, _parallel(body))),
+            constraint=constraint,
+            may_think=True,
             visible_tokens=dialect.visible_tokens(bool(callable_tools)),
             asked_by=asked_by,
         )
@@ -101,22 +108,16 @@ def _tools_of(body: ChatRequest) -> tuple[list[Tool], ToolChoice]:
     return tools, parse_tool_choice(value, tools)
 
 
-def _parallel(body: ChatRequest) -> bool:
-    return body.parallel_tool_calls is not False
-
-
-def _constraint_of(body: ChatRequest, calls: str | None) -> Constraint | None:
-    """What holds the answer: the form of calls, or the reply's format."""
+def _constraint_of(
+    body: ChatRequest, dialect: Dialect, tools: Sequence[Tool], choice: ToolChoice
+) -> Constraint | None:
+    """What holds the answer: the form of calls, the reply's format, or that it is one of both."""
     wanted = format_of(body.response_format)
-    if calls is None:
-        return wanted
-    if wanted is not None:
-        raise invalid(
-            "response_format and tools cannot both hold an answer; set tool_choice to 'none' for the"
-            " answer that is to have the format",
-            "response_format",
-        )
-    return Constraint("lark", calls)
+    reply = None
+    if wanted is not None and tools:
+        reply = as_lark(wanted).removeprefix("start:").strip()
+    calls = dialect.grammar(tools, choice, parallel=body.parallel_tool_calls is not False, reply=reply)
+    return wanted if calls is None else Constraint("lark", calls)
 
 
 def format_of(found: ResponseFormat | None) -> Constraint | None:

@@ -18,8 +18,13 @@ class Dialect:
         self.reasoning: ReasoningTags | None = reasoning_tags(template)
         self._ids = dict(ids)
 
-    def grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> str | None:
-        return self.tools.grammar(tools, choice, parallel=parallel, tokens=self._ids) if tools else None
+    def grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reply: str | None = None
+    ) -> str | None:
+        """See `ToolFormat.grammar`; None without tools."""
+        if not tools:
+            return None
+        return self.tools.grammar(tools, choice, parallel=parallel, tokens=self._ids, reply=reply)
 
     def visible_tokens(self, calls: bool) -> tuple[int, ...]:
         """Control tokens whose text the answer's readers need."""
@@ -36,9 +41,4 @@ def dialect_of(client: LocalClient) -> Dialect:
     assert template is not None
     tags = reasoning_tags(template)
     wanted = [*choose_tool_format(template).visible_tokens, *(tags.visible_tokens if tags else ())]
-    ids = {}
-    for text in wanted:
-        found = client.tokenize(text, parse_special=True)
-        if len(found) == 1:
-            ids[text] = found[0].id
-    return Dialect(template, ids)
+    return Dialect(template, client.control_tokens(wanted))

@@ -12,10 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgeinfer.constraint import Constraint
-from edgeinfer.engine.engine import CLOSED_EARLY, NO_STOP_STRINGS
+from edgeinfer.engine.engine import CLOSED_EARLY
 from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.json_text import BEGIN, ESCAPE, FRACTION, OUTSIDE, POWER, STRING, WHOLE, advance
-from edgeinfer.engine.request import Request
+from edgeinfer.engine.request import NO_STOP_STRINGS, Request
 from edgeinfer.engine.wire import request_from_wire, request_to_wire
 from edgeinfer.errors import ConstraintInvalid, RequestFailed, UsageError
 from edgeinfer.sampling import SamplingParams
@@ -299,7 +299,7 @@ def test_a_grammar_is_closed_in_time_too() -> None:
 
 def test_what_is_complete_is_not_followed_by_what_cannot_be() -> None:
     call = '"<call>" %json {"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'
-    matcher = GRAMMARS.matcher(Constraint("lark", f"start: call+\ncall: {call} \"</call>\"\n"))
+    matcher = GRAMMARS.matcher(Constraint("lark", f'start: call+\ncall: {call} "</call>"\n'))
     text = b""
     for left in reversed(range(60)):
         tokens = [t for t in allowed(matcher) if not TOKENIZER.is_end(t)]

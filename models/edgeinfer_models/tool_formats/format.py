@@ -49,6 +49,7 @@ class ToolFormat(ABC):
         *,
         parallel: bool = True,
         tokens: Mapping[str, int] | None = None,
+        reply: str | None = None,
     ) -> str | None:
         """The answer's grammar (llguidance's Lark), or None where nothing is to be held.
 
@@ -56,6 +57,8 @@ class ToolFormat(ABC):
         after it. auto: free text; once a call has begun it must be one of the tools with arguments that
         its schema allows, and after it only further calls or the end may come.
         tokens: see `lark_text`; the ids of those of `visible_tokens` that are control tokens.
+        reply: for auto, an expression that an answer without a call is held to: then the answer is that
+        or calls, and no free text.
         Raises ToolsInvalid for a strict tool whose schema this form cannot hold.
         """
         allowed = choice.select(tools)
@@ -69,6 +72,9 @@ class ToolFormat(ABC):
         more = f" ({calls.following}){{0,{MORE_CALLS}}} WS" if is_several and calls.following else ""
         if choice.kind != "auto":
             return rules.grammar(f"{calls.forced}{more}{calls.end}")
+        if reply is not None:
+            rules.add("reply", reply)
+            return rules.grammar(f"reply | {calls.forced}{more}{calls.end}")
         return rules.grammar(" | ".join(["LEAD", *(f"{each}{more}{calls.end}" for each in calls.led)]))
 
     def parser(self, tools: Sequence[Tool]) -> ToolParser:
