@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -25,6 +26,7 @@ from edgeinfer.server.answers import Answers
 from edgeinfer.server.chat import ChatJob
 from edgeinfer.server.completions import CompletionJob
 from edgeinfer.server.disconnect import unless_gone
+from edgeinfer.server.documentation import describe_errors_and_keys
 from edgeinfer.server.embeddings import EmbeddingJob
 from edgeinfer.server.errors import ApiError, ErrorType, as_api_error, internal_error, invalid
 from edgeinfer.server.openai_replies import model_object
@@ -56,17 +58,13 @@ def create_app(service: Service, on_close: Callable[[], None] = lambda: None) ->
                 await rest
             await asyncio.to_thread(on_close)
 
-    app = FastAPI(
-        title="edgeinfer",
-        version=__version__,
-        lifespan=lifespan,
-        redoc_url=None,
-    )
+    app = FastAPIOffline(title="edgeinfer", version=__version__, lifespan=lifespan, redoc_url=None)
     app.add_middleware(JsonBodies)
     _add_error_replies(app)
     _add_openai(app, service)
     _add_tokens(app, service)
     _add_status(app, service)
+    describe_errors_and_keys(app)
     return app
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.errors import EdgeInferError, one_line
 from edgeinfer.server.api_keys import ApiKeys
+from edgeinfer.server.documentation import OPEN_PATHS
 from edgeinfer.server.errors import ApiError, Headers, as_api_error, internal_error
 from edgeinfer.server.exchange import BodyBudget, Exchange, too_large
 from edgeinfer.server.hosts import Authority, HostRules, OriginRules, parse_authority
@@ -45,7 +46,7 @@ class GuardSettings:
     max_body_bytes: int = 16 << 20
     max_bodies_bytes: int = 128 << 20  # of all requests whose answers have not begun
     body_timeout_s: float = 30.0
-    open_paths: frozenset[str] = frozenset({"/health"})
+    open_paths: frozenset[str] = OPEN_PATHS | {"/health"}
 
 
 class Guard:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from edgeinfer.server.api_keys import ApiKeys
+from edgeinfer.server.guard import GuardSettings
 from tests.server.endpoints import Endpoint, scripted
 
 
@@ -184,6 +187,32 @@ def test_the_openapi_document_names_every_route(endpoint: Endpoint) -> None:
         "/health",
         "/metrics",
     } <= set(document["paths"])
+
+
+def test_the_documentation_names_the_errors_there_are(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        document = http.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            assert "401" in operation["responses"]
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert {"400", "413", "429", "503"} <= set(chat)
+    assert "text/event-stream" in chat["200"]["content"]
+
+
+def test_the_documentation_needs_no_network_and_no_key(tmp_path: Path) -> None:
+    guard = GuardSettings(keys=ApiKeys(["secret"]))
+    with scripted(tmp_path, guard=guard) as endpoint, endpoint.http() as http:
+        page = http.get("/docs")
+        assert page.status_code == 200
+        sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert sources and not any("//" in source for source in sources)
+        for source in sources:
+            assert http.get(source).status_code == 200, source
+        for path in ("/metrics", "/v1/models", "/static-offline-docs/redoc.standalone.js"):
+            assert http.get(path).status_code == 401, path
 
 
 def test_another_folder_is_not_served(endpoint: Endpoint, tmp_path: Path) -> None:
