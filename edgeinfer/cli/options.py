@@ -266,7 +266,7 @@ Queue = Annotated[
     int, _option("queue", "Requests that may wait; more are told to come again.", "N", _ENDPOINT)
 ]
 Timeout = Annotated[
-    str, _option("timeout", "Longest that an answer may take, like 10m; never.", "TIME", _ENDPOINT)
+    str, _option("timeout", "Longest that an answer may take, like 10m, or never.", "TIME", _ENDPOINT)
 ]
 IdleUnload = Annotated[
     str,

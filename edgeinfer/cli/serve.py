@@ -13,9 +13,13 @@ from edgeinfer.cli import options
 from edgeinfer.errors import UsageError, one_line
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
     from edgeinfer.client import LocalClient
     from edgeinfer.sampling import SamplingParams
-    from edgeinfer.server.api_keys import ApiKeys
+    from edgeinfer.server.binding import Address
+    from edgeinfer.server.guard import GuardSettings
     from edgeinfer.server.service import Service, ServiceSettings
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -58,6 +62,7 @@ def serve(
     debug: options.Debug = False,
 ) -> None:
     """Answer OpenAI's API over HTTP, for the programs you already have."""
+    from contextlib import ExitStack
     from dataclasses import replace
 
     from edgeinfer.cli.opening import open_options, puller
@@ -65,6 +70,8 @@ def serve(
     from edgeinfer.client import LocalClient
     from edgeinfer.sampling import SamplingParams
     from edgeinfer.server.api_keys import check_binding, read_api_keys
+    from edgeinfer.server.binding import listen
+    from edgeinfer.server.guard import GuardSettings, check_names
     from edgeinfer.server.service import ServiceSettings
 
     sampling = SamplingParams(
@@ -105,8 +112,11 @@ def serve(
     keys, notes = read_api_keys(
         [api_key] if api_key is not None else [], Path(api_key_file) if api_key_file else None
     )
-    origins = tuple(allow_origin or ())
-    check_binding(host, keys, no_api_key, origins)
+    guard = GuardSettings(
+        keys=keys, allow_origins=tuple(allow_origin or ()), allow_hosts=tuple(allow_host or ())
+    )
+    check_binding(host, keys, no_api_key, guard.allow_origins)
+    check_names(guard)
     logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "WARNING"))
     status = StatusLine(enabled=not quiet)
 
@@ -121,25 +131,17 @@ def serve(
     for note in notes:
         say(f"warning: {note}")
     client = LocalClient(replace(opened, sequences=parallel), puller(show, say))
-    with client:
+    with client, ExitStack() as sockets:
+        listening = listen(host, port)  # a port that is taken is not worth loading a model for
+        for each in listening[1]:
+            sockets.callback(each.close)
         try:
             info = client.load(show)
         finally:
             status.close()
         for warning in info.warnings:
             say(f"warning: {warning}")
-        _run(
-            client,
-            settings,
-            sampling,
-            max_tokens,
-            host,
-            port,
-            keys,
-            origins,
-            tuple(allow_host or ()),
-            say,
-        )
+        _run(client, settings, sampling, max_tokens, guard, listening, say)
 
 
 def _run(
@@ -147,18 +149,14 @@ def _run(
     settings: ServiceSettings,
     sampling: SamplingParams,
     max_tokens: int | None,
-    host: str,
-    port: int,
-    keys: ApiKeys,
-    origins: tuple[str, ...],
-    hosts: tuple[str, ...],
-    say: object,
+    guard: GuardSettings,
+    listening: tuple[Address, list[socket.socket]],
+    say: Callable[[str], None],
 ) -> None:
     from edgeinfer.server.app import create_app
     from edgeinfer.server.dialect import dialect_of
-    from edgeinfer.server.guard import Guard, GuardSettings
+    from edgeinfer.server.guard import Guard
     from edgeinfer.server.service import Service, served_name
-    from edgeinfer.server.serving import ServeSettings
     from edgeinfer.server.serving import serve as run_server
 
     name, aliases = served_name(client)
@@ -171,15 +169,11 @@ def _run(
         sampling=sampling,
         max_tokens=max_tokens,
     )
-    guarded = GuardSettings(keys=keys, allow_origins=origins, allow_hosts=hosts)
-    app = Guard(create_app(service, on_close=client.close), guarded)
-    run_server(
-        app, ServeSettings(host=host, port=port), lambda address: _greet(address.url, service, say)
-    )
+    app = Guard(create_app(service, on_close=client.close), guard)
+    run_server(app, None, lambda address: _greet(address.url, service, say), listening=listening)
 
 
-def _greet(url: str, service: Service, say: object) -> None:
-    assert callable(say)  # noqa: S101
+def _greet(url: str, service: Service, say: Callable[[str], None]) -> None:
     info = service.info
     most = f"{service.settings.parallel} at once"
     if info:

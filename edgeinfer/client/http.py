@@ -349,7 +349,8 @@ class _Answer:
 
 def _base_of(url: str) -> str:
     parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    is_url = parts.scheme in ("http", "https") and parts.hostname
+    if not is_url or any(c.isspace() or not c.isprintable() for c in url):
         raise UsageError(
             f"--attach {one_line(url, 80)!r} is no URL; write for example http://127.0.0.1:11435"
         )

@@ -49,6 +49,12 @@ class GuardSettings:
     open_paths: frozenset[str] = OPEN_PATHS | {"/health"}
 
 
+def check_names(settings: GuardSettings) -> None:
+    """Raises UsageError for allowed names that are none, before anything slow is done."""
+    HostRules(settings.allow_hosts)
+    OriginRules(settings.allow_origins)
+
+
 class Guard:
     """Pure ASGI middleware, the outermost one. Raises UsageError for allowed names that are none."""
 

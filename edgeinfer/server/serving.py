@@ -46,16 +46,19 @@ def serve(
     app: ASGIApp,
     settings: ServeSettings | None = None,
     started: Callable[[Address], None] | None = None,
+    *,
+    listening: tuple[Address, list[socket.socket]] | None = None,
 ) -> None:
     """Blocks until SIGINT or SIGTERM, then lets running answers finish for `shutdown_s`.
 
-    started: called once the app's lifespan has begun and connections are accepted.
+    started: called once the app's lifespan has begun and connections are accepted. listening: of
+    `listen`, called before something slow; closed here.
     Raises CannotListen or UsageError before anything has begun, what the lifespan raised at its
     beginning, and KeyboardInterrupt (exit code 130; otherwise it is 0) where a signal came before it was
     ready, or a second one ended it at once.
     """
     settings = settings or ServeSettings()
-    address, sockets = listen(settings.host, settings.port)
+    address, sockets = listening or listen(settings.host, settings.port)
     server = Server(app, settings, address, started)
     try:
         allow_files(settings.limits.max_connections)

@@ -23,11 +23,11 @@ def options_of(*names: str) -> dict[str, Any]:
 
 
 def test_every_option_is_a_key_and_every_key_an_option() -> None:
-    assert set(options_of("run", "chat", "bench")) | {"model"} == set(KEYS)
+    assert set(options_of("run", "chat", "serve", "bench")) | {"model"} == set(KEYS)
 
 
 def test_every_option_has_its_variable() -> None:
-    for key, param in options_of("run", "chat", "bench").items():
+    for key, param in options_of("run", "chat", "serve", "bench").items():
         expected = None if key == "stop" else "EDGEINFER_" + key.upper().replace("-", "_")
         assert param.envvar == expected
 

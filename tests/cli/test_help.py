@@ -54,7 +54,7 @@ def test_the_help_of_run_is_in_groups(invoke: Invoke) -> None:
 
 
 def test_every_key_of_the_config_file_is_in_the_help(invoke: Invoke) -> None:
-    text = "".join(invoke(command, "--help").out for command in ("run", "chat", "bench"))
+    text = "".join(invoke(command, "--help").out for command in ("run", "chat", "serve", "bench"))
     for key in KEYS:
         assert f"--{key} " in text or key == "model", key
 
@@ -69,7 +69,7 @@ def test_version_is_one_line(console: Console) -> None:
     ("arguments", "said"),
     [
         (["rnu"], "there is no command 'rnu'; did you mean 'run'?"),
-        (["zzz"], "there are chat, run, bench, doctor, models; see `edgeinfer --help`"),
+        (["zzz"], "there are chat, run, serve, bench, doctor, models; see `edgeinfer --help`"),
         (["my.gguf"], "to chat with that model: edgeinfer chat my.gguf"),
         (["smollm2"], "to chat with that model: edgeinfer chat smollm2"),
         (["why is the sky blue?"], 'edgeinfer run "…"'),
