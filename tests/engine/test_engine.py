@@ -210,7 +210,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers() -> None:
     ended = driver.end(1)
     assert (ended.outcome, ended.error_type) == ("failed", PromptTooLong.__name__)
     assert "100 tokens" in ended.error
-    assert "holds 100" in ended.error
+    assert "length is 100" in ended.error
 
 
 def test_an_answer_that_reaches_the_end_of_the_context_stops_with_length() -> None:
