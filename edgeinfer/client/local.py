@@ -44,7 +44,11 @@ class LocalClient(Client):
     """Renders templates, owns the worker process, starts it again when it dies.
 
     pull_missing(name): fetch a catalogue or hub model that is not here; without it, loading fails.
+    after_events(): may be replaced; called in the thread that tells events, when all of those that came
+    together (a step's, of all streams) are told.
     """
+
+    after_events: Callable[[], None]
 
     def __init__(self, options: OpenOptions, pull_missing: Callable[[str], None] | None = None) -> None:
         self._options = options
@@ -62,6 +66,7 @@ class LocalClient(Client):
         self._progress: LoadProgress | None = None
         self._deaths = 0
         self._control_tokens: dict[str, int | None] = {}
+        self.after_events = lambda: None
         # Rendering may take seconds with a hostile template; it must not hold the caller.
         self._renderers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
 
@@ -123,7 +128,7 @@ class LocalClient(Client):
             if self._process is not None and self._process.is_alive:
                 return self._process
             process = EngineProcess(
-                self._on_event,
+                self._on_events,
                 self._on_refused,
                 lambda error: self._on_death(process, error),
             )
@@ -299,6 +304,11 @@ class LocalClient(Client):
 
     # -- events, from the worker's reader thread -------------------------------------------------
 
+    def _on_events(self, events: Sequence[tuple[int, Event]]) -> None:
+        for key, event in events:
+            self._on_event(key, event)
+        self.after_events()
+
     def _on_event(self, key: int, event: Event) -> None:
         with self._lock:
             pending = self._pending.get(key)
@@ -352,6 +362,7 @@ class LocalClient(Client):
         )
         kind, message = (type(error).__name__, str(error)) if error else ("", "")
         pending.on_event(Ended(outcome, stats, kind, message))
+        self.after_events()
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -48,17 +48,18 @@ class LoadCommand:
 class EngineProcess:
     """One worker process. Not reusable once dead: make another.
 
-    on_event(key, event) and on_refused(key, error) are called from the reader thread, in order.
+    on_events([(key, event), …]) and on_refused(key, error) are called from the reader thread, in order;
+    events that came together are told together.
     on_death(error) is called once, from the reader thread, when the process ended without `close`.
     """
 
     def __init__(
         self,
-        on_event: Callable[[int, Event], None],
+        on_events: Callable[[list[tuple[int, Event]]], None],
         on_refused: Callable[[int, EdgeInferError], None],
         on_death: Callable[[WorkerDied], None],
     ) -> None:
-        self._on_event = on_event
+        self._on_events = on_events
         self._on_refused = on_refused
         self._on_death = on_death
         self._closing = False
@@ -223,8 +224,8 @@ class EngineProcess:
             if message is None:
                 break
             kind = message["ev"]
-            if kind == "event":
-                self._on_event(message["key"], event_from_wire(message))
+            if kind == "events":
+                self._on_events([(told["key"], event_from_wire(told)) for told in message["events"]])
             elif kind == "refused":
                 self._on_refused(message["key"], error_from_wire(message["type"], message["error"]))
             elif kind == "progress":

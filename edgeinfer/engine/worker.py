@@ -230,7 +230,8 @@ class Worker:
 
     def _tell(self, events: Events) -> None:
         if events:
-            self._send(*[{"ev": "event", "key": key, **event_to_wire(event)} for key, event in events])
+            told = [{"key": key, **event_to_wire(event)} for key, event in events]
+            self._send({"ev": "events", "events": told})
 
     def _send(self, *messages: Mapping[str, Any]) -> None:
         with self._write_lock, contextlib.suppress(OSError):  # the owner is gone: stdin will say so

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from edgeinfer.client import Client, Ended, Event, Request
@@ -13,15 +14,40 @@ from edgeinfer.errors import EdgeInferError, RequestFailed, error_from_wire
 Watch = Callable[[int, Event], None]
 
 
+class Wakes:
+    """Wakes tasks of an event loop from other threads, all that are due with one call into the loop, which
+    is a write to a pipe: a step's tokens of all streams come at once. Made in the loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: deque[asyncio.Event] = deque()
+
+    def add(self, event: asyncio.Event) -> None:
+        self._due.append(event)
+
+    def call(self) -> None:
+        if self._due:
+            with suppress(RuntimeError):  # the loop has ended, and nobody reads any more
+                self._loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        while self._due:
+            self._due.popleft().set()
+
+
 class Answers:
     """One or more requests that one HTTP request asks for. Made and read in the event loop; events come
     from the client's thread.
 
-    watch(index, event): called in that thread for every event, before the reader sees it.
+    watch(index, event): called in that thread for every event, before the reader sees it. wakes: called
+    by the client after its events.
     """
 
-    def __init__(self, client: Client, requests: Sequence[Request], watch: Watch) -> None:
+    def __init__(
+        self, client: Client, requests: Sequence[Request], watch: Watch, wakes: Wakes
+    ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._wakes = wakes
         self._watch = watch
         self._arrived: deque[tuple[int, Event]] = deque()
         self._wake = asyncio.Event()
@@ -39,10 +65,7 @@ class Answers:
         self._arrived.append((index, event))
         if not self._is_woken:
             self._is_woken = True
-            try:
-                self._loop.call_soon_threadsafe(self._wake.set)
-            except RuntimeError:  # the loop has ended, and nobody reads any more
-                return
+            self._wakes.add(self._wake)
 
     def cancel(self) -> None:
         """Ask for the end of all; `events` goes on to it."""

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgeinfer.client import Client, Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
+from edgeinfer.client import Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
 from edgeinfer.sampling import SamplingParams
-from edgeinfer.server.answers import Answers
+from edgeinfer.server.answers import Answers, Wakes
 from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError
 from edgeinfer.server.metrics import Metrics, RequestWatch
@@ -46,7 +46,7 @@ class Service:
 
     def __init__(
         self,
-        client: Client,
+        client: LocalClient,
         name: str,
         settings: ServiceSettings,
         *,
@@ -68,6 +68,7 @@ class Service:
         self._num_open = 0  # requests that run or wait
         self._answer_s = 1.0  # of an answer, lately
         self._last_used = time.monotonic()
+        self._wakes: Wakes | None = None  # of the event loop that `start` is called in
 
     @property
     def info(self) -> ModelInfo | None:
@@ -97,7 +98,10 @@ class Service:
             if isinstance(event, Ended):
                 self._give_back(time.monotonic() - begin)
 
-        return Answers(self.client, requests, watch)
+        if self._wakes is None:
+            self._wakes = Wakes()
+            self.client.after_events = self._wakes.call
+        return Answers(self.client, requests, watch, self._wakes)
 
     def _take(self, route: str, count: int) -> None:
         most = self.settings.parallel + self.settings.queue
@@ -137,7 +141,7 @@ class Service:
 
     def status(self) -> EngineStatus | None:
         """None while no model is loaded. May block for some milliseconds."""
-        return self.client.status() if isinstance(self.client, LocalClient) else None
+        return self.client.status()
 
     # -- rest ------------------------------------------------------------------------------------
 
@@ -145,7 +149,7 @@ class Service:
         """Runs as long as the endpoint: unloads the model when nobody asked for it for a while."""
         limit = self.settings.idle_unload_s
         client = self.client
-        while limit and isinstance(client, LocalClient):
+        while limit:
             await asyncio.sleep(min(IDLE_CHECK_S, limit / 4))
             idle = time.monotonic() - self._last_used
             is_due = not self._num_open and idle >= limit and client.info is not None
