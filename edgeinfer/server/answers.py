@@ -15,8 +15,8 @@ Watch = Callable[[int, Event], None]
 
 
 class Wakes:
-    """Wakes tasks of an event loop from other threads, all that are due with one call into the loop, which
-    is a write to a pipe: a step's tokens of all streams come at once. Made in the loop."""
+    """Wakes tasks of an event loop from other threads: all that are due with one call into it, which is a
+    write to a pipe, as a step's tokens of all streams come at once. Made in the loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -43,9 +43,7 @@ class Answers:
     by the client after its events.
     """
 
-    def __init__(
-        self, client: Client, requests: Sequence[Request], watch: Watch, wakes: Wakes
-    ) -> None:
+    def __init__(self, client: Client, requests: Sequence[Request], watch: Watch, wakes: Wakes) -> None:
         self._loop = asyncio.get_running_loop()
         self._wakes = wakes
         self._watch = watch
