@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
 from benchmarks.alternate import table
+from benchmarks.endpoint import EndpointProcess
+from benchmarks.model_files import starter_q4_0
 from benchmarks.raw_http import Answer, RawConnection
 from benchmarks.verdict import Bar, run_bar
-from edgeinfer.server.api_keys import ApiKeys
-from edgeinfer.server.guard import Guard, GuardSettings
-from edgeinfer.server.serving import ServerThread
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
 
 KEY = "the-key-of-this-bar"
 CHAT = "/v1/chat/completions"
-BODY = b'{"model": "any", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}'
+HELLO = {"role": "user", "content": "Hello"}
+BODY = json.dumps({"messages": [HELLO], "max_tokens": 1}).encode()
 PIECE = bytes(1 << 20)
 LARGE = 100  # pieces
 MOST_GROWTH = 40 << 20  # the largest body that is taken, twice, and some room
+MESSAGES = 10_000
+DEPTH = 100_000
 APP_ORIGIN = "app://obsidian.md"
-
-
-@contextmanager
-def app_under_test() -> Iterator[ASGIApp]:
-    """The endpoint as `edgeinfer serve --api-key KEY` builds it; here a stand-in behind that guard."""
-    yield Guard(_stand_in, GuardSettings(keys=ApiKeys([KEY])))
-
-
-async def _stand_in(scope: Scope, receive: Receive, send: Send) -> None:
-    """Reads the whole body, as the real one does before anything else."""
-    if scope["type"] == "lifespan":
-        for word in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{word}.complete"})
-        return
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
-        body += message["body"]
-        if not message.get("more_body"):
-            break
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"{}"})
 
 
 @dataclass(frozen=True)
@@ -62,12 +39,29 @@ class Refusal:
 
     name: str
     status: int
-    code: str
+    code: str | None
     ask: Callable[[RawConnection], Answer]
 
 
 def _ask(**headers: str | None) -> Callable[[RawConnection], Answer]:
     return lambda client: client.ask(CHAT, BODY, **{"x_api_key": KEY, **headers})
+
+
+def _body(value: object) -> Callable[[RawConnection], Answer]:
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return lambda client: client.ask(CHAT, content, x_api_key=KEY)
+
+
+def _nested_schema(depth: int) -> object:
+    schema: dict[str, object] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+
+
+def _image() -> object:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    return {"messages": [{"role": "user", "content": [part]}]}
 
 
 def _preflight(client: RawConnection) -> Answer:
@@ -127,6 +121,19 @@ REFUSALS = (
     Refusal("wrong bearer", 401, "invalid_api_key", _ask(x_api_key=None, authorization="Bearer wrong")),
     Refusal("100 MB by Content-Length", 413, "request_too_large", _large(chunked=False)),
     Refusal("100 MB in chunks", 413, "request_too_large", _large(chunked=True)),
+    Refusal(f"{MESSAGES:,} messages", 400, None, _body({"messages": [HELLO] * MESSAGES})),
+    Refusal("a depth bomb", 400, None, _body(b"[" * DEPTH + b"]" * DEPTH)),
+    Refusal(
+        "a depth bomb in a field", 400, None, _body(b'{"messages":' + b"[" * DEPTH + b"]" * DEPTH + b"}")
+    ),
+    Refusal(
+        "a deep schema",
+        400,
+        "unsupported_schema",
+        _body({"messages": [HELLO], "response_format": _nested_schema(200)}),
+    ),
+    Refusal("an image", 400, None, _body(_image())),
+    Refusal("an unknown model", 404, "model_not_found", _body({"model": "other", "messages": [HELLO]})),
     Refusal("endless header", 431, "headers_too_large", _endless_header),
     Refusal("garbage", 400, "malformed_request", _garbage),
     Refusal("a head byte by byte", 408, "request_timeout", _slow_head),
@@ -136,12 +143,14 @@ REFUSALS = (
 
 
 def measure(bar: Bar) -> None:
-    process = psutil.Process()
     rows = [("refusal", "status", "code", "after s", "memory grew")]
-    with app_under_test() as app, ServerThread(app) as server:
+    model = bar.options.model or starter_q4_0()
+    with EndpointProcess([str(model), "--api-key", KEY]) as server:
+        process = psutil.Process(server.pid)
+        address = urlsplit(server.url)
 
         def connect() -> RawConnection:
-            return RawConnection(server.address.host, server.address.port)
+            return RawConnection(address.hostname or "", address.port or 0)
 
         def is_served(**headers: str) -> bool:
             with connect() as client:
@@ -165,7 +174,7 @@ def measure(bar: Bar) -> None:
                 "seconds": seconds,
                 "rss": grew,
             }
-            if got != (str(refusal.status), refusal.code):
+            if got != (str(refusal.status), str(refusal.code)):
                 failed.append(refusal.name)
         bar.say(table(rows))
         refused = len(REFUSALS) - len(failed)
@@ -183,7 +192,7 @@ def measure(bar: Bar) -> None:
 
 @contextmanager
 def _peak_growth(process: psutil.Process) -> Iterator[list[int]]:
-    """Its only element becomes the most bytes this process grew by, looked at every 5 ms."""
+    """Its only element becomes the most bytes the process grew by, looked at every 5 ms."""
     before = process.memory_info().rss
     most = [0]
     is_over = threading.Event()
@@ -211,5 +220,10 @@ def _outcome(refusal: Refusal, client: RawConnection) -> tuple[str, str]:
         return "none", f"not in OpenAI's shape: {error!r}"
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="a GGUF file instead of the starter's Q4_0")
+
+
 if __name__ == "__main__":
-    sys.exit(run_bar(__file__, "what is refused at the door of the HTTP endpoint", measure))
+    about = "what is refused at the door of the HTTP endpoint"
+    sys.exit(run_bar(__file__, about, measure, add_options))

@@ -685,13 +685,25 @@ class Engine:
             self._idle.remove(idle)
         self.runtime.free(idle.handle)
 
-    def _save(self, idle: LiveSequence) -> None:
-        facts = self.runtime.facts
-        self.prefixes.store(
+    def _save(self, idle: LiveSequence, most_blocks: int | None = None) -> None:
+        added = self.prefixes.store(
             idle.tokens,
             lambda start, stop: self.runtime.snapshot(idle.handle, start, stop),
-            facts.kv_bytes_per_token,
+            self.runtime.facts.kv_bytes_per_token,
+            most_blocks,
         )
+        idle.is_saved = most_blocks is None or not added
+
+    def use_idle(self) -> bool:
+        """Copy a block of a conversation that rests to host memory, while nobody waits: the next request
+        may need its cells, and then would wait for that. False if there is nothing to copy."""
+        idle = next((idle for idle in self._idle if not idle.is_saved), None)
+        if idle is not None:
+            try:
+                self._save(idle, most_blocks=1)
+            except EdgeInferError:  # whoever needs its cells will be told
+                idle.is_saved = True
+        return idle is not None
 
     # -- invariants ------------------------------------------------------------------------------
 

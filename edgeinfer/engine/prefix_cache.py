@@ -95,10 +95,15 @@ class PrefixCache:
         return Match(tuple(found), position)
 
     def store(
-        self, tokens: Sequence[int], snapshot: Callable[[int, int], bytes], bytes_per_token: int
+        self,
+        tokens: Sequence[int],
+        snapshot: Callable[[int, int], bytes],
+        bytes_per_token: int,
+        most_blocks: int | None = None,
     ) -> int:
         """Keep the sequence whose positions hold `tokens`; `snapshot(start, stop)` is called for the
-        blocks not here yet. Returns how many bytes were added; 0 if it does not fit at all."""
+        blocks not here yet, or the first `most_blocks` of them. Returns how many bytes were added; 0 if
+        it is here already, or does not fit at all."""
         if self.capacity <= 0 or len(tokens) * bytes_per_token > self.capacity:
             return 0
         added = 0
@@ -109,6 +114,8 @@ class PrefixCache:
             key = block_key(parent, part)
             block = self._blocks.get(key)
             if block is None:
+                if most_blocks == 0:
+                    break
                 longer = self._extension(parent, part)
                 if longer is not None:  # a tail that a kept block already covers
                     path.append(longer)
@@ -116,6 +123,7 @@ class PrefixCache:
                 block = Block(key, parent, part, snapshot(start, start + len(part)))
                 self._add(block)
                 added += block.num_bytes
+                most_blocks = None if most_blocks is None else most_blocks - 1
             path.append(block)
             parent = key
         self._touch(path)

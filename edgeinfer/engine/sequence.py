@@ -116,3 +116,4 @@ class LiveSequence:
 
     handle: int
     tokens: list[int]
+    is_saved: bool = False  # as much of it as may be is in host memory too

@@ -89,6 +89,8 @@ class Worker:
 
     def _use_idle(self) -> bool:
         """Do a piece of what nobody waits for; False if there is none."""
+        if self._engine is not None and self._engine.use_idle():
+            return True
         return self._costs is not None and self._costs.use_idle()
 
     def _obey(self, command: Mapping[str, Any]) -> None:

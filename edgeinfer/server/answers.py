@@ -15,8 +15,9 @@ Watch = Callable[[int, Event], None]
 
 
 class Wakes:
-    """Wakes tasks of an event loop from other threads: all that are due with one call into it, which is a
-    write to a pipe, as a step's tokens of all streams come at once. Made in the loop."""
+    """Wakes tasks of an event loop from other threads: all that are due with one call into it.
+
+    Each call is a write to a pipe, and a step's tokens of all streams come at once. Made in the loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -337,7 +337,7 @@ def slices_beside_a_stream(tuner: Tuner | None, monkeypatch: pytest.MonkeyPatch)
     return slices
 
 
-@pytest.mark.parametrize(("s_per_token", "size"), [(0.001, 200), (0.0001, 255), (0.05, 4)])
+@pytest.mark.parametrize(("s_per_token", "size"), [(0.002, 200), (0.0001, 255), (0.1, 4)])
 def test_a_slice_beside_a_stream_follows_the_measured_costs(
     s_per_token: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,3 +552,42 @@ def test_closing_frees_the_runtime() -> None:
     runtime: Runtime = engine.runtime
     with pytest.raises(ValueError):
         runtime.open()
+
+
+def test_a_conversation_that_rests_is_copied_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(context=1024)
+    driver = Driver(engine)
+    taken: list[tuple[int, int]] = []
+    snapshot = engine.runtime.snapshot
+
+    def counted(sequence: int, start: int, stop: int) -> bytes:
+        taken.append((start, stop))
+        return snapshot(sequence, start, stop)
+
+    monkeypatch.setattr(engine.runtime, "snapshot", counted)
+    first = tokens_of(1, 600)
+    driver.submit(1, asked(first))
+    driver.run()
+    assert taken == []
+    pieces = 0
+    while engine.use_idle():
+        pieces += 1
+        assert len(taken) <= pieces  # a block at a time: whoever comes waits for no more
+    assert [start for start, _ in taken] == [0, 256, 512]
+    driver.submit(2, asked(tokens_of(2, 100)))
+    driver.run()
+    assert len(taken) == 3, "a request waited for what could have been copied before"
+    driver.submit(3, asked([*first, *tokens_of(3, 10)]))
+    driver.run()
+    assert driver.stats(3).cache.tier == "memory"
+    assert driver.stats(3).usage.cached_tokens >= 600
+
+
+def test_nothing_is_copied_where_nothing_is_kept() -> None:
+    engine = make_engine(cache_bytes=0)
+    driver = Driver(engine)
+    driver.submit(1, asked(tokens_of(1, 100)))
+    driver.run()
+    while engine.use_idle():
+        pass
+    assert engine.prefixes.num_bytes == 0
