@@ -1,9 +1,11 @@
 """Ten minutes of everything at once against the endpoint, its model's process killed in the middle.
 
 Clients ask short and long questions, hang up in the middle, send what is malformed, and ask for JSON
-under a schema. Questions come from a fixed set whose greedy answers were heard alone before, so that
-text of one request in another's answer is seen. One thread, for which answers are bit for bit those
-alone.
+under a schema. Greedy answers were heard alone before. Short texts, which begin differently and so share
+no cached prefix, must be answered letter by letter as alone (one thread, where that holds). Long ones
+share prefixes, and cells that another chunk size computed differ in their last bits, so words may too;
+but no answer may have 32 characters in a row of another question's answer that its own has not. JSON
+answers carry a mark that only their own request knows.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,12 +39,19 @@ MOST_GROWTH = 0.03
 PATIENCE_S = 120.0  # no answer here takes as long
 KEPT_WARM = 20.0
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
+OVERLAP = 32  # characters
+
+
+def schema_of(mark: str) -> dict[str, Any]:
+    """JSON that must carry a mark."""
+    properties = {
+        "mark": {"const": mark},
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer"},
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
 MALFORMED = (
     b"{",
     b"null",
@@ -51,27 +62,28 @@ MALFORMED = (
 )
 
 
-def questions() -> list[tuple[str, int]]:
-    """(question, tokens of the answer)"""
+TOPICS = (
+    *("Rivers", "Trains", "Bread", "Islands", "Clocks"),
+    *("Music", "Gardens", "Letters", "Bridges", "Winters"),
+)
+
+
+def short_questions() -> dict[str, dict[str, Any]]:
+    """What is asked -> the body. Each begins with another token."""
+    asked = {f"{topic} are known for": 24 for topic in TOPICS}
+    return {
+        text: {"prompt": text, "max_tokens": tokens, "temperature": 0} for text, tokens in asked.items()
+    }
+
+
+def long_questions() -> dict[str, dict[str, Any]]:
     words = random.Random(0)
-    topics = [
-        "rivers",
-        "trains",
-        "bread",
-        "islands",
-        "clocks",
-        "music",
-        "gardens",
-        "letters",
-        "bridges",
-        "winters",
-    ]
-    short = [(f"Say something about {topic}.", 24) for topic in topics]
-    long = [
-        (" ".join(words.choices(topics, k=600)) + f" Now tell me about {topic}.", 48)
-        for topic in topics[:5]
-    ]
-    return short + long
+    bodies = {}
+    for topic in TOPICS[:5]:
+        text = " ".join(words.choices(TOPICS, k=600)) + f" Now tell me about {topic}."
+        messages = [{"role": "user", "content": text}]
+        bodies[text] = {"messages": messages, "max_tokens": 48, "temperature": 0}
+    return bodies
 
 
 class Load:
@@ -100,26 +112,31 @@ class Load:
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self._url.hostname or "", self._url.port, timeout=PATIENCE_S)
 
-    def _ask(self, body: bytes | dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def ask(self, body: bytes | dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        route = "completions" if isinstance(body, dict) and "prompt" in body else "chat/completions"
         connection = self._connect()
         try:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request("POST", "/v1/chat/completions", content)
+            connection.request("POST", f"/v1/{route}", content)
             reply = connection.getresponse()
             return reply.status, json.loads(reply.read())
         finally:
             connection.close()
 
-    def _question(self, chance: random.Random, is_long: bool) -> dict[str, Any]:
-        text, tokens = chance.choice([q for q in questions() if (q[1] > 24) == is_long])
-        return {
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": tokens,
-            "temperature": 0,
-        }
+    def _answered(self, question: str, body: dict[str, Any]) -> str:
+        status, reply = self.ask(body)
+        if (refused := self._refused(status, reply)) is not None:
+            return refused
+        self.is_back.set() if self.killed.is_set() else None
+        text = text_of(reply)
+        if text == self._expected[question]:
+            return "answered"
+        if "messages" in body and not self._is_foreign(text, question):
+            return "answered in other words"
+        self.problems.append(f"another text than alone: {text[:100]!r}")
+        return "wrong text"
 
-    def _answered(self, body: dict[str, Any]) -> str:
-        status, reply = self._ask(body)
+    def _refused(self, status: int, reply: dict[str, Any]) -> str | None:
         if status == 429:
             return "told to wait"
         if status == 503 and self.killed.is_set():
@@ -127,24 +144,27 @@ class Load:
         if status != 200:
             self.problems.append(f"{status}: {str(reply)[:200]}")
             return f"status {status}"
-        self.is_back.set() if self.killed.is_set() else None
-        text = reply["choices"][0]["message"]["content"]
-        if text != self._expected[body["messages"][0]["content"]]:
-            self.problems.append(f"another text than alone: {text[:100]!r}")
-            return "wrong text"
-        return "answered"
+        return None
+
+    def _is_foreign(self, text: str, question: str) -> bool:
+        own = self._expected[question]
+        parts = {text[i : i + OVERLAP] for i in range(len(text) - OVERLAP + 1)}
+        others = [answer for asked, answer in self._expected.items() if asked != question]
+        return any(part not in own and any(part in other for other in others) for part in parts)
 
     def _short(self, chance: random.Random) -> str:
-        return self._answered(self._question(chance, is_long=False))
+        return self._answered(*chance.choice(list(short_questions().items())))
 
     def _long(self, chance: random.Random) -> str:
-        return self._answered(self._question(chance, is_long=True))
+        return self._answered(*chance.choice(list(long_questions().items())))
 
     def _hang_up(self, chance: random.Random) -> str:
-        body = self._question(chance, chance.random() < 0.5) | {"stream": True}
+        bodies = [*short_questions().values(), *long_questions().values()]
+        body = chance.choice(bodies) | {"stream": True}
+        route = "completions" if "prompt" in body else "chat/completions"
         connection = self._connect()
         try:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            connection.request("POST", f"/v1/{route}", json.dumps(body))
             reply = connection.getresponse()
             for _ in range(chance.randrange(12)):
                 if not reply.readline():
@@ -154,35 +174,28 @@ class Load:
             connection.close()
 
     def _malformed(self, chance: random.Random) -> str:
-        status, reply = self._ask(chance.choice(MALFORMED))
+        status, reply = self.ask(chance.choice(MALFORMED))
         if status != 400 or "message" not in reply["error"]:
             self.problems.append(f"malformed: {status} {str(reply)[:200]}")
         return f"status {status}"
 
     def _schema(self, chance: random.Random) -> str:
-        status, reply = self._ask(
-            {
-                "messages": [{"role": "user", "content": f"Invent a person. {chance.random()}"}],
-                "max_tokens": 100,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "p", "schema": SCHEMA},
-                },
-            }
-        )
-        if status == 429:
-            return "told to wait"
-        if status == 503 and self.killed.is_set():
-            return "failed with the model's process"
-        if status != 200:
-            self.problems.append(f"schema: {status} {str(reply)[:200]}")
-            return f"status {status}"
-        choice = reply["choices"][0]
-        if choice["finish_reason"] == "stop":
-            found = json.loads(choice["message"]["content"])
-            if set(found) != {"name", "age"} or not isinstance(found["age"], int):
-                self.problems.append(f"schema: {found}")
-        return str(choice["finish_reason"])
+        mark = f"m{chance.randrange(10**9)}"
+        form = {"type": "json_schema", "json_schema": {"name": "p", "schema": schema_of(mark)}}
+        messages = [{"role": "user", "content": f"Invent a person, {mark}."}]
+        status, reply = self.ask({"messages": messages, "max_tokens": 100, "response_format": form})
+        if (refused := self._refused(status, reply)) is not None:
+            return refused
+        text, reason = text_of(reply), str(reply["choices"][0]["finish_reason"])
+        found = json.loads(text) if reason == "stop" else {}
+        if mark not in text or (reason == "stop" and set(found) != {"mark", "name", "age"}):
+            self.problems.append(f"schema: {text}")
+        return reason
+
+
+def text_of(reply: dict[str, Any]) -> str:
+    choice = reply["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
 
 
 def resident(pid: int) -> int:
@@ -204,12 +217,11 @@ def worker_of(pid: int) -> int:
 
 def hear_alone(load: Load) -> dict[str, str]:
     found = {}
-    for text, tokens in questions():
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0}
-        status, reply = load._ask(body)
+    for question, body in (short_questions() | long_questions()).items():
+        status, reply = load.ask(body)
         if status != 200:
             raise RuntimeError(f"{status}: {reply}")
-        found[text] = reply["choices"][0]["message"]["content"]
+        found[question] = text_of(reply)
     return found
 
 
@@ -263,15 +275,33 @@ def measure(bar: Bar) -> None:
     bar.require(f"{stuck} clients stuck", stuck == 0)
     bar.require(f"{len(load.problems)} wrong texts, statuses or breaks", not load.problems)
     bar.require("the killed process was replaced and answered again", load.is_back.is_set() and healthy)
+    taken, ended = counted["taken"], counted["ended"]
+    bar.require(
+        f"{taken} requests taken, {ended} ended with one outcome each: {counted['outcomes']}",
+        taken == ended > 0,
+    )
     bar.require(f"{counted['open']} requests open at the end", counted["open"] == 0)
 
 
 def _metrics(url: str) -> dict[str, Any]:
-    import urllib.request
-
+    """What the endpoint itself counted."""
     with urllib.request.urlopen(f"{url}/health") as reply:
         health = json.load(reply)
-    return {"open": health["open_requests"]}
+    with urllib.request.urlopen(f"{url}/metrics") as reply:
+        page = reply.read().decode()
+    taken = 0
+    outcomes: collections.Counter[str] = collections.Counter()
+    for line in page.splitlines():
+        if line.startswith("edgeinfer_taken_requests_total{"):
+            taken += round(float(line.rsplit(" ", 1)[1]))
+        elif found := re.match(r'edgeinfer_requests_total\{outcome="(\w+)".*\} (\S+)', line):
+            outcomes[found[1]] += round(float(found[2]))
+    return {
+        "open": health["open_requests"],
+        "taken": taken,
+        "ended": outcomes.total(),
+        "outcomes": dict(outcomes),
+    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,12 @@ class Metrics:
             ["route", "outcome"],
             registry=registry,
         )
+        self.taken = Counter(
+            "edgeinfer_taken_requests",
+            "Requests that were taken; each ends with one outcome.",
+            ["route"],
+            registry=registry,
+        )
         self.refused = Counter(
             "edgeinfer_refused_requests",
             "Requests that were not taken, by the reason.",

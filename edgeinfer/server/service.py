@@ -90,6 +90,7 @@ class Service:
     def start(self, route: str, requests: Sequence[Request]) -> Answers:
         """Raises ApiError 429 where too many wait already."""
         self._take(route, len(requests))
+        self.metrics.taken.labels(route).inc(len(requests))
         watches = [RequestWatch(self.metrics, route) for _ in requests]
         begin = time.monotonic()
 
