@@ -33,6 +33,12 @@ class EndpointProcess:
         self.url = ""
 
     def __enter__(self) -> EndpointProcess:
+        self.spawn()
+        self.wait_until_up()
+        return self
+
+    def spawn(self) -> None:
+        """Start it, without waiting for it to answer; `close` is the caller's."""
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -43,12 +49,14 @@ class EndpointProcess:
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
+
+    def wait_until_up(self) -> None:
+        """Raises PeerError, having closed it."""
         deadline = time.monotonic() + self._start_s
         while not self._is_up.wait(0.05):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise PeerError(f"edgeinfer serve did not start: {' | '.join(self._said)}")
-        return self
 
     def _listen(self) -> None:
         assert self._process.stderr is not None

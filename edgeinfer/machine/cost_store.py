@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgeinfer.machine.step_cost import StepCosts
 FORMAT = 1
 _MAX_BYTES = 4 << 20
 _KEEP = 200  # files; the oldest go
+_UNFINISHED_S = 3600.0  # a writer that takes longer was killed
 
 
 def costs_folder() -> Path:
@@ -76,6 +78,8 @@ def save_costs(folder: Path, conditions: Mapping[str, str], costs: StepCosts) ->
 
 def _forget_oldest(folder: Path) -> None:
     files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
-    for file in files[:-_KEEP]:
+    now = time.time()
+    killed = [f for f in folder.glob("*.part") if now - f.stat().st_mtime > _UNFINISHED_S]
+    for file in (*files[:-_KEEP], *killed):
         with contextlib.suppress(OSError):
             file.unlink()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,17 @@ def test_a_file_that_is_none_of_ours_is_skipped_and_replaced(tmp_path: Path, tex
     assert save_costs(tmp_path, CONDITIONS, table(t1_1=0.25))
     assert load_costs(tmp_path, CONDITIONS) is not None
     assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_one_writes_stays(tmp_path: Path) -> None:
+    left, written = tmp_path / "left.part", tmp_path / "written.part"
+    left.write_text("{")
+    written.write_text("{")
+    long_ago = time.time() - 7200
+    os.utime(left, (long_ago, long_ago))
+    assert save_costs(tmp_path, CONDITIONS, table(t1_1=0.25))
+    assert not left.exists()
+    assert written.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
