@@ -77,7 +77,7 @@ class Answers:
         one that was refused; the others are cancelled."""
         deadline = self._loop.time() + timeout_s
         while True:
-            for index, event in self._arrived:
+            for index, event in tuple(self._arrived):  # which the client's thread goes on filling
                 self._heard[index] = True
                 if isinstance(event, Ended) and event.outcome == "failed":
                     self.cancel()

@@ -57,6 +57,8 @@ class Choice:
         chunks = self._chunks(thought, deltas, shapes)
         if self._unsent:
             chunks += self._text_chunk("", shapes)
+        if self._calls and event.stats.finish_reason == "stop":  # what was cut stays `length`
+            event.stats.finish_reason = "tool_calls"
         return chunks + shapes.finish(self.index, self.finish_reason, event.stats)
 
     def _chunks(self, thought: str, deltas: Sequence[Delta], shapes: Chat) -> str:
@@ -87,7 +89,7 @@ class Choice:
     @property
     def finish_reason(self) -> str:
         assert self.stats is not None
-        return finish_reason(self.stats, bool(self._calls))
+        return finish_reason(self.stats)
 
     def whole(self, wants_logprobs: bool) -> dict[str, Any]:
         text = "".join(self._text)

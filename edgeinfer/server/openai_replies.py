@@ -42,11 +42,9 @@ def stats_object(stats: RunStats) -> dict[str, Any]:
     return found
 
 
-def finish_reason(stats: RunStats, called_tools: bool = False) -> str:
-    """OpenAI's word for it: what was cut is `length`, and calls only replace `stop`."""
-    if stats.finish_reason == "stop" and called_tools:
-        return "tool_calls"
-    return "length" if stats.finish_reason == "length" else "stop"
+def finish_reason(stats: RunStats) -> str:
+    """OpenAI's word for it, which has none for an answer that was cancelled."""
+    return "stop" if stats.finish_reason == "cancelled" else stats.finish_reason
 
 
 class Chat:

@@ -103,6 +103,12 @@ def test_beside_a_format_a_tool_may_still_be_called(serve: Serve) -> None:
     assert told == {}
 
 
+def test_the_stats_end_for_the_reason_the_choice_ends_for(serve: Serve) -> None:
+    endpoint = serve(CALL)
+    last = endpoint.chunks(tools=[WEATHER, TIME])[-1]
+    assert last["choices"][0]["finish_reason"] == last["edgeinfer"]["finish_reason"] == "tool_calls"
+
+
 def test_free_text_is_no_answer_beside_tools_and_a_format(serve: Serve) -> None:
     endpoint = serve("Hello there, how are you today?")
     for form in (PERSON, {"type": "json_object"}):
