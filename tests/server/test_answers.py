@@ -13,7 +13,7 @@ from edgeinfer.server.answers import Answers, Wakes
 class TalkativeClient:
     """Tells thousands of events from a thread of its own, without a pause."""
 
-    EVENTS = 5_000
+    EVENTS = 20_000
 
     def __init__(self, wakes: Wakes) -> None:
         self._wakes = wakes
@@ -41,7 +41,7 @@ async def test_events_may_come_while_a_request_is_looked_at() -> None:
     answers = Answers(client, [Request(prompt="x")] * 2, lambda _index, _event: None, wakes)  # type: ignore[arg-type]
     found = 0
     async with asyncio.timeout(60):
-        for _ in range(50):
+        while any(thread.is_alive() for thread in client.threads):
             await answers.accepted(0.0)
         async for batch in answers.events():
             found += len(batch)
