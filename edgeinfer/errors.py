@@ -106,13 +106,14 @@ class ToolsInvalid(EdgeInferError):
 
 
 class PromptTooLong(EdgeInferError):
-    """The prompt does not fit. Nothing was cut."""
+    """The prompt does not fit. Nothing was cut. at_least: it was not worth counting all of it."""
 
-    def __init__(self, prompt_tokens: int, context: int) -> None:
+    def __init__(self, prompt_tokens: int, context: int, *, at_least: bool = False) -> None:
         super().__init__(
             # (client libraries know "this model's maximum context length is" and raise their own error)
-            f"the prompt has {prompt_tokens} tokens and this model's maximum context length is {context}"
-            " here, one of them for the answer; shorten the prompt or raise --ctx"
+            f"the prompt has {'at least ' * at_least}{prompt_tokens} tokens"
+            f" and this model's maximum context length is {context} here, one of them for the answer;"
+            " shorten the prompt or raise --ctx"
         )
         self.prompt_tokens = prompt_tokens
         self.context = context

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Deaths without an answer in between, after which the worker is no longer restarted by itself.
 MAX_DEATHS_IN_A_ROW = 3
+SUBMIT_TRIES = 3  # where the worker dies while a request is made ready for it
 
 
 @dataclass
@@ -132,7 +133,7 @@ class LocalClient(Client):
                 self._on_refused,
                 lambda error: self._on_death(process, error),
             )
-            self._process = process
+            self._process, self._info = process, None
             return process
 
     @property
@@ -200,17 +201,19 @@ class LocalClient(Client):
 
     def _submit(self, key: int, pending: _Pending) -> None:
         try:
-            if self._info is None or self._process is None or not self._process.is_alive:
-                self.load()  # the worker died, or nobody loaded yet
-            rendered = self._render(pending.request)
-            with self._lock:
-                if key not in self._pending:  # cancelled meanwhile
-                    return
-                process = self._process
-                if process is None:
-                    raise WorkerDied("the model's process died before the request reached it")
-                pending.sent_to = process
-                process.submit(key, rendered, time.perf_counter() - pending.started)
+            for _ in range(SUBMIT_TRIES):
+                if self._info is None or self._process is None or not self._process.is_alive:
+                    self.load()  # the worker died, or nobody loaded yet
+                rendered = self._render(pending.request)
+                with self._lock:
+                    if key not in self._pending:  # cancelled meanwhile
+                        return
+                    process = self._process
+                    if process is not None and self._info is not None:
+                        pending.sent_to = process
+                        process.submit(key, rendered, time.perf_counter() - pending.started)
+                        return
+            raise WorkerDied("the model's process died before the request reached it")
         except EdgeInferError as error:
             self._end(key, "failed", error)
         except Exception as error:  # a bug of ours must still end the request

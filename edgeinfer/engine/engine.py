@@ -10,6 +10,8 @@ Single-threaded but for `request_abort`. It owns the runtime: no one else touche
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import secrets
 import time
@@ -58,6 +60,8 @@ from edgeinfer.sampling import MAX_SEED
 
 if TYPE_CHECKING:
     from edgeinfer.backend import Logits
+
+log = logging.getLogger("edgeinfer.engine")
 
 Events = list[tuple[int, Event]]
 
@@ -181,9 +185,11 @@ class Engine:
             return UsageError("the prompt is empty; say something")
         if len(tokens) >= facts.context:
             return PromptTooLong(len(tokens), facts.context)
-        bad = next((t for t in tokens if not 0 <= t < facts.vocab_size), None)
-        if bad is not None:
-            return UsageError(f"token {bad} is outside the vocabulary of {facts.vocab_size}")
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for name, ids in (("", tokens), ("logit_bias: ", biased)):
+            bad = next((t for t in ids if not 0 <= t < facts.vocab_size), None)
+            if bad is not None:
+                return UsageError(f"{name}token {bad} is outside the vocabulary of {facts.vocab_size}")
         return None
 
     def cancel(self, key: int) -> Events:
@@ -204,6 +210,15 @@ class Engine:
             cache_bytes=self.prefixes.num_bytes,
             cache_capacity_bytes=self.prefixes.capacity,
         )
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """No token stands for more characters of a text. Reads the vocabulary the first time; safe from
+        any thread."""
+        tokenizer, longest = self.runtime.tokenizer, 1
+        for token in range(tokenizer.vocab_size):
+            longest = max(longest, len(tokenizer.piece(token)), len(tokenizer.text(token)))
+        return longest
 
     def is_alone(self, key: int) -> bool:
         """Whether a step now under way serves this request only, so that it may be aborted."""
@@ -382,14 +397,14 @@ class Engine:
             running.first_token = now
             self._tell_now = True
         running.last_token = now
-        if request.logprobs is not None:
-            running.untold_logprobs.append(self._logprob(runtime.logits(row), token, request.logprobs))
         if runtime.tokenizer.is_end(token) and not request.ignore_eos:
             running.read(runtime.tokenizer)  # up to here: the end token is no text
             running.tokens.append(token)
             running.num_read = len(running.tokens)
             self._events += self._end(running, "finished", "stop")
             return
+        if request.logprobs is not None:  # not of an end token, whose text is not in the answer
+            running.untold_logprobs.append(self._logprob(runtime.logits(row), token, request.logprobs))
         running.tokens.append(token)
         reason: FinishReason | None = running.length_reason(runtime.facts.context)
         if running.has_own_end and self._is_at_end(running):
@@ -615,7 +630,7 @@ class Engine:
         stored_length = stored.num_tokens if stored else 0
         if live is not None and live_length >= max(stored_length, twin_length):
             if len(live.tokens) - live_length >= MIN_SAVED_TAIL:
-                self._save(live)
+                self._try_to_save(live)
             self.runtime.rewind(live.handle, live_length)
             running.handle, running.num_computed = live.handle, live_length
             running.cache_tier = "live"
@@ -680,10 +695,17 @@ class Engine:
 
     def _release(self, idle: LiveSequence) -> None:
         """Move an idle conversation out of the KV cache, into host memory if there is room."""
-        self._save(idle)
+        self._try_to_save(idle)
         if idle in self._idle:
             self._idle.remove(idle)
         self.runtime.free(idle.handle)
+
+    def _try_to_save(self, idle: LiveSequence) -> None:
+        """Who needs its cells shall have them: what cannot be copied will be read again."""
+        try:
+            self._save(idle)
+        except EdgeInferError as error:
+            log.warning("a conversation was not kept in the prompt cache: %s", error)
 
     def _save(self, idle: LiveSequence, most_blocks: int | None = None) -> None:
         added = self.prefixes.store(

@@ -51,6 +51,9 @@ class EngineProcess:
     on_events([(key, event), …]) and on_refused(key, error) are called from the reader thread, in order;
     events that came together are told together.
     on_death(error) is called once, from the reader thread, when the process ended without `close`.
+
+    Commands are written by a thread of their own, so none of the others ever waits for a worker that is
+    busy reading one: the reader has to go on, or the worker could not write its events and read at all.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class EngineProcess:
         self._on_refused = on_refused
         self._on_death = on_death
         self._closing = False
-        self._write_lock = threading.Lock()
+        self._commands: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._asked: dict[int, SimpleQueue[dict[str, Any] | None]] = {}
         self._ask_keys = count()
@@ -85,6 +88,8 @@ class EngineProcess:
         self._listener.start()
         self._reader = threading.Thread(target=self._read, name="worker-events", daemon=True)
         self._reader.start()
+        self._writer = threading.Thread(target=self._write, name="worker-commands", daemon=True)
+        self._writer.start()
 
     @property
     def pid(self) -> int:
@@ -153,7 +158,7 @@ class EngineProcess:
 
     def ask(self, what: str, **about: Any) -> dict[str, Any]:
         """A question that the worker answers at once, whatever runs (worker.py: `_answer`). Blocks.
-        Raises RequestFailed with its reason, WorkerDied."""
+        Raises RequestFailed with its reason, PromptTooLong, WorkerDied."""
         key = next(self._ask_keys)
         reply: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._asked[key] = reply
@@ -163,7 +168,7 @@ class EngineProcess:
         if answer is None:
             raise self.epitaph("while it was asked something")
         if "error" in answer:
-            raise RequestFailed(answer["error"])
+            raise error_from_wire(answer.get("type", RequestFailed.__name__), answer["error"])
         return answer
 
     def unload(self) -> None:
@@ -173,15 +178,14 @@ class EngineProcess:
         """End the process: politely, then not."""
         self._closing = True
         self._send({"cmd": "shutdown"})
-        with contextlib.suppress(OSError):
-            self._stdin.close()  # ends it even in the middle of a step
+        self._commands.put(None)  # which closes its stdin: ends it even in the middle of a step
         try:
             self._process.wait(SHUTDOWN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reader.join(SHUTDOWN_S)
-        self._listener.join(SHUTDOWN_S)
+        for thread in (self._writer, self._reader, self._listener):
+            thread.join(SHUTDOWN_S)
         self._close_streams()
 
     def _close_streams(self) -> None:
@@ -210,9 +214,15 @@ class EngineProcess:
         return WorkerDied(message + (f": {reason}" if reason else ""))
 
     def _send(self, message: Mapping[str, Any]) -> None:
+        self._commands.put(message)
+
+    def _write(self) -> None:
         # A dead process is reported by the reader thread, to everyone who waits.
-        with self._write_lock, contextlib.suppress(OSError, ValueError):
-            send(self._stdin, message)
+        while (message := self._commands.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                send(self._stdin, message)
+        with contextlib.suppress(OSError):
+            self._stdin.close()
 
     # -- the reader threads ----------------------------------------------------------------------
 
@@ -247,6 +257,8 @@ class EngineProcess:
             waiting.put(None)
         if not self._closing:
             error = self.epitaph()
+            self._commands.put(None)
+            self._writer.join(SHUTDOWN_S)
             self._close_streams()
             self._on_death(error)
 

@@ -69,13 +69,15 @@ def receive(stream: IO[bytes]) -> dict[str, Any] | None:
     return message
 
 
-def _read(stream: IO[bytes], size: int) -> bytes | None:
-    data = b""
-    while len(data) < size:
-        part = stream.read(size - len(data))
-        if not part:
+def _read(stream: IO[bytes], size: int) -> bytearray | None:
+    data = bytearray(size)
+    view = memoryview(data)
+    done = 0
+    while done < size:
+        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
             return None
-        data += part
+        done += count
     return data
 
 

@@ -5,10 +5,10 @@ It exists because native code can abort on a hostile model, and because a busy u
 hold the interpreter lock of the thread that runs the model. It ends when stdin closes, so it never
 outlives its owner.
 
-Threads: the main one loads models, runs steps and writes events; the intake one reads commands,
-tokenizes (native, without the lock) and, for a cancel, interrupts the running step. A third one for
-writing would take a core from a decode thread each time it is woken (measured: 1.5 % of a small model's
-decode on two cores).
+Threads: the main one loads models, runs steps and writes events; the preparing one tokenizes (native,
+without the lock) and compiles grammars; the intake one reads commands and, for a cancel, interrupts the
+running step, whatever the others do. A fourth one for writing would take a core from a decode thread
+each time it is woken (measured: 1.5 % of a small model's decode on two cores).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
-from edgeinfer.engine.request import Queued
+from edgeinfer.engine.request import Ended, Queued, RunStats
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
-from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed
+from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, RequestFailed
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
@@ -47,7 +47,7 @@ PROGRESS_INTERVAL_S = 0.03
 TELL_INTERVAL_S = 1 / 30
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 PROMPT_END = 64  # characters of a prompt that are told back
-NOT_QUEUED = ("ask", "cancel_load")  # commands that the intake thread obeys itself
+PLAUSIBLE_BYTES = 16  # of text for each token of context; more is looked at before it is tokenized
 
 
 class Worker:
@@ -56,6 +56,10 @@ class Worker:
         self._events = events
         self._write_lock = threading.Lock()
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._unprepared: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._preparing: set[int] = set()  # keys of requests that the main thread does not know yet
+        self._given_up: set[int] = set()  # of those, the ones that were cancelled
+        self._preparing_lock = threading.Lock()
         self._engine: Engine | None = None
         self._load_cancelled = False
         self._costs: MeasuredCosts | None = None
@@ -64,6 +68,7 @@ class Worker:
 
     def run(self) -> None:
         threading.Thread(target=self._intake, name="intake", daemon=True).start()
+        threading.Thread(target=self._prepare_all, name="preparing", daemon=True).start()
         while True:
             engine = self._engine
             busy = engine is not None and engine.has_work
@@ -101,7 +106,9 @@ class Worker:
         engine = self._engine
         if kind == "submit":
             key = command["key"]
-            if engine is None:
+            if command["given_up"]:
+                self._tell([(key, Ended("cancelled", self._stats_of_nothing()))])
+            elif engine is None:
                 self._refuse(key, RequestFailed("no model is loaded"))
             elif "error" in command:
                 self._refuse(key, command["error"])
@@ -120,6 +127,13 @@ class Worker:
         elif kind == "unload" and engine is not None:
             self._tell(engine.fail_all(RequestFailed("the model was unloaded")))
             self._close_engine()
+
+    def _stats_of_nothing(self) -> RunStats:
+        engine = self._engine
+        if engine is None:
+            return RunStats(finish_reason="cancelled")
+        facts = engine.runtime.facts
+        return RunStats(finish_reason="cancelled", backend=facts.backend, model=engine.model)
 
     def _load(self, command: Mapping[str, Any]) -> None:
         """One `loaded` or `load_failed` event comes of every load command."""
@@ -242,46 +256,109 @@ class Worker:
     # -- the intake thread -----------------------------------------------------------------------
 
     def _intake(self) -> None:
+        try:
+            while True:
+                command = None
+                with contextlib.suppress(EdgeInferError, OSError, ValueError):
+                    command = receive(self._commands)
+                if command is None:
+                    os._exit(0)  # the owner is gone, and the main thread may be deep in native code
+                self._take(command)
+                if command["cmd"] == "shutdown":
+                    time.sleep(SHUTDOWN_S)  # for the main thread to put away what it has
+                    os._exit(0)
+        except BaseException:  # a bug of ours: a worker that hears nothing more is worth less than none
+            logging.getLogger("edgeinfer.worker").exception("reading commands failed")
+            os._exit(1)
+
+    def _take(self, command: dict[str, Any]) -> None:
+        """Pass a command on; those that must not wait for the preparation of others go past it."""
+        kind = command["cmd"]
+        if kind == "cancel_load":
+            self._load_cancelled = True
+        elif kind == "ask":
+            if command["what"] == "status":
+                self._tell_answer(command)
+            else:
+                self._unprepared.put(command)
+        elif kind == "cancel":
+            self._cancel(command)
+        else:
+            self._announce()  # before a long prompt is tokenized: its steps have all the cores
+            if kind == "submit":
+                command["received"] = time.perf_counter() - command.pop("waited_s")
+                with self._preparing_lock:
+                    self._preparing.add(command["key"])
+            elif kind == "load":
+                self._load_cancelled = False
+            self._unprepared.put(command)
+            if kind == "shutdown":
+                self._interrupt_step()
+
+    def _cancel(self, command: dict[str, Any]) -> None:
+        with self._preparing_lock:
+            if command["key"] in self._preparing:
+                self._given_up.add(command["key"])
+                return
+        self._announce()
+        self._queue.put(command)
+        engine = self._engine
+        if engine is not None and engine.is_alone(command["key"]):
+            self._interrupt_step()
+
+    def _announce(self) -> None:
+        """A command is on its way to the main thread, which may be measuring."""
+        costs = self._costs
+        if costs is not None:
+            costs.command_arrives()
+
+    def _interrupt_step(self) -> None:
+        engine = self._engine
+        if engine is not None and engine.runtime.facts.can.abort:
+            engine.runtime.abort()
+
+    # -- the preparing thread --------------------------------------------------------------------
+
+    def _prepare_all(self) -> None:
+        """Commands in the order they came: what ends a model comes after what reads its vocabulary."""
         while True:
-            command = None
-            with contextlib.suppress(EdgeInferError, OSError, ValueError):
-                command = receive(self._commands)
-            if command is None:
-                os._exit(0)  # the owner is gone, and the main thread may be deep in native code
-            self._prepare(command)
-            if command["cmd"] == "shutdown":
-                time.sleep(SHUTDOWN_S)  # for the main thread to put away what it has
-                os._exit(0)
+            command = self._unprepared.get()
+            kind = command["cmd"]
+            if kind == "ask":
+                self._tell_answer(command)
+            elif kind == "submit":
+                self._prepare(command)
+            else:
+                self._queue.put(command)
 
     def _prepare(self, command: dict[str, Any]) -> None:
-        kind = command["cmd"]
-        costs = self._costs
-        if costs is not None and kind not in NOT_QUEUED:
-            costs.command_arrives()  # before a long prompt is tokenized: its steps have all the cores
-        if kind == "submit":
-            command["received"] = time.perf_counter() - command.pop("waited_s")
+        key = command["key"]
+        if key not in self._given_up:
             try:
                 command["request"] = request_from_wire(command["request"])
                 command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
                 command["matcher"] = self._match(command["request"].constraint)
                 self._tell_queued(command)
-            except (EdgeInferError, ValueError, KeyError, TypeError) as error:
+            except EdgeInferError as error:
                 command["error"] = error
-        elif kind == "ask":
-            self._send({"ev": "answer", "key": command["key"], **self._answer(command)})
-            return
-        elif kind == "cancel_load":
-            self._load_cancelled = True
-            return
-        elif kind == "load":
-            self._load_cancelled = False
-        self._queue.put(command)
-        engine = self._engine
-        ends_step = kind == "shutdown" or (
-            kind == "cancel" and engine is not None and engine.is_alone(command["key"])
-        )
-        if ends_step and engine is not None and engine.runtime.facts.can.abort:
-            engine.runtime.abort()
+            except Exception as error:  # of this request, which learns it
+                logging.getLogger("edgeinfer.worker").exception("preparing a request failed")
+                command["error"] = RequestFailed(f"the request could not be prepared: {error!r}")
+        with self._preparing_lock:
+            self._preparing.discard(key)
+            command["given_up"] = key in self._given_up
+            self._given_up.discard(key)
+            self._queue.put(command)  # inside: a cancel from now on comes after it
+
+    def _tell_answer(self, question: Mapping[str, Any]) -> None:
+        try:
+            answer = self._answer(question)
+        except EdgeInferError as error:
+            answer = {"error": str(error), "type": type(error).__name__}
+        except Exception as error:  # whoever asked waits for it
+            logging.getLogger("edgeinfer.worker").exception("answering a question failed")
+            answer = {"error": f"it could not be worked out: {error!r}"}
+        self._send({"ev": "answer", "key": question["key"], **answer})
 
     def _match(self, constraint: Constraint | None) -> Matcher | None:
         """Made here, as nobody waits for this thread. None where the engine will refuse the request.
@@ -329,6 +406,11 @@ class Worker:
             raise RequestFailed("no model is loaded")
         assert prompt is not None
         tokenizer = engine.runtime.tokenizer
+        context = engine.runtime.facts.context
+        if len(prompt) > PLAUSIBLE_BYTES * context:  # seconds of tokenizing, for nothing
+            least = len(prompt) // engine.longest_piece
+            if least >= context:
+                raise PromptTooLong(least, context, at_least=True)
         # A template that writes the bos token itself must not get a second one.
         bos = tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else ""
         add_special = tokenizer.adds_bos and not (bos and prompt.startswith(bos))

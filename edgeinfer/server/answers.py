@@ -72,6 +72,11 @@ class Answers:
         for generation in self._generations:
             generation.cancel()
 
+    def leave(self) -> None:
+        """To be called by whoever reads no further: what still runs is ended."""
+        if self._left:
+            self.cancel()
+
     async def accepted(self, timeout_s: float) -> None:
         """Wait until each request is known to be answerable, or `timeout_s` is over. Raises the error of
         one that was refused; the others are cancelled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -42,6 +43,9 @@ from edgeinfer.server.service import Service
 from edgeinfer.server.sse import EventStream
 
 log = logging.getLogger("edgeinfer.server")
+
+ROOM_CHECK_S = 0.1
+MOST_TOKENIZED = 1 << 20  # characters
 
 
 def create_app(service: Service, on_close: Callable[[], None] = lambda: None) -> FastAPI:
@@ -106,11 +110,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         """Vectors of texts, mean-pooled over the model's last hidden states."""
         service.check_model(body.model)
         job = EmbeddingJob(service, body, asked_by(http, body.user))
-        some = max(1, service.settings.parallel)
-        for begin in range(0, len(job.requests), some):  # a long list is no reason to fill the queue
-            answers = service.start("embeddings", job.requests[begin : begin + some])
-            work = reading.read_all(answers, job.reader(begin), service.settings.timeout_s)
-            await unless_gone(http, answers.cancel, work)
+        await _embed(http, service, job)
         return JSONResponse(job.whole())
 
     @app.get("/v1/models", tags=["OpenAI"])
@@ -135,12 +135,32 @@ async def _reply(
 ) -> Response:
     settings = service.settings
     if streams:
-        await unless_gone(http, answers.cancel, answers.accepted(settings.accept_s))
+        try:
+            await unless_gone(http, answers.cancel, answers.accepted(settings.accept_s))
+        except BaseException:
+            answers.leave()
+            raise
         progress = PROGRESS_HEADER in http.headers
         chunks = reading.stream(answers, job, settings.timeout_s, progress=progress)
         return EventStream(chunks, answers.cancel, settings.ping_s)
     await unless_gone(http, answers.cancel, reading.read_all(answers, job.read, settings.timeout_s))
     return JSONResponse(job.whole())
+
+
+async def _embed(http: HttpRequest, service: Service, job: EmbeddingJob) -> None:
+    """A few inputs at a time: a long list is no reason to fill the queue."""
+    some = max(1, service.settings.parallel)
+    timeout_s = service.settings.timeout_s
+    end = time.monotonic() + timeout_s
+    for begin in range(0, len(job.requests), some):
+        requests = job.requests[begin : begin + some]
+        # Once begun, a full queue is waited for: what was computed would be lost.
+        while begin and not service.has_room(len(requests)):
+            await asyncio.sleep(ROOM_CHECK_S)
+        answers = service.start("embeddings", requests)
+        left_s = max(0.001, end - time.monotonic()) if timeout_s else 0.0
+        work = reading.read_all(answers, job.reader(begin), left_s, said_s=timeout_s)
+        await unless_gone(http, answers.cancel, work)
 
 
 def asked_by(http: HttpRequest, user: str | None) -> str:
@@ -159,30 +179,42 @@ def asked_by(http: HttpRequest, user: str | None) -> str:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/tokenize", tags=["Tokens"])
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @app.post("/v1/tokenize", tags=["Tokens"], response_model=None)
+    async def tokenize(body: TokenizeRequest) -> Response:
         """A text's tokens, as the model would read it; of messages, how many their prompt has."""
         service.check_model(body.model)
         if body.messages is not None:
             request = Request(messages=tuple(message_of(i, m) for i, m in enumerate(body.messages)))
-            return {"count": await run_in_threadpool(service.client.count_tokens, request)}
-        if body.text is None:
+            with service.in_use():
+                count = await run_in_threadpool(service.client.count_tokens, request)
+            return JSONResponse({"count": count})
+        text = body.text
+        if text is None:
             raise invalid("text or messages is missing", "text")
-        found = await run_in_threadpool(
-            service.client.tokenize,
-            body.text,
-            add_special=body.add_special,
-            parse_special=body.parse_special,
-        )
-        tokens = [one.id for one in found]
-        return {"count": len(tokens), "tokens": tokens, "texts": [one.text for one in found]}
+        if len(text) > MOST_TOKENIZED:
+            raise invalid(
+                f"the text has {len(text)} characters; at most {MOST_TOKENIZED} are taken", "text"
+            )
+
+        def tokenized() -> Response:  # the reply of a long text takes a while to put together, too
+            found = service.client.tokenize(
+                text, add_special=body.add_special, parse_special=body.parse_special
+            )
+            tokens = [one.id for one in found]
+            return JSONResponse(
+                {"count": len(tokens), "tokens": tokens, "texts": [one.text for one in found]}
+            )
+
+        with service.in_use():
+            return await run_in_threadpool(tokenized)
 
     @app.post("/v1/detokenize", tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
         service.check_model(body.model)
         try:
-            return {"text": await run_in_threadpool(service.client.detokenize, body.tokens)}
+            with service.in_use():
+                return {"text": await run_in_threadpool(service.client.detokenize, body.tokens)}
         except RequestFailed as error:
             raise invalid(str(error), "tokens") from None
 
@@ -244,6 +276,11 @@ def _error_reply(error: ApiError) -> Response:
 def _wrong_field(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong, by its path."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        place = first["loc"][-1]
+        return ApiError(
+            400, f"the body is no JSON: {first['ctx']['error']} at {place}", "invalid_request_error"
+        )
     path = [str(part) for part in first["loc"] if part != "body"]
     where = "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in path).lstrip(".")
     said = one_line(str(first["msg"]), 300)

@@ -38,10 +38,16 @@ class EmbeddingJob:
         self._stats: dict[int, RunStats] = {}
 
     def reader(self, begin: int) -> Callable[[int, Event], None]:
-        """Reads the events of the requests from number `begin` on."""
+        """Reads the events of the requests from number `begin` on. It raises ApiError where more
+        dimensions are asked for than there are."""
+        wanted = self._body.dimensions or 0
 
         def read(index: int, event: Event) -> None:
             if isinstance(event, Embedded):
+                if wanted > len(event.vector):
+                    raise invalid(
+                        f"this model's embeddings have {len(event.vector)} dimensions", "dimensions"
+                    )
                 self._vectors[begin + index] = event.vector
             elif isinstance(event, Ended):
                 self._stats[begin + index] = event.stats
@@ -49,7 +55,6 @@ class EmbeddingJob:
         return read
 
     def whole(self) -> dict[str, Any]:
-        """Raises ApiError where more dimensions are asked for than there are."""
         stats = [self._stats[i] for i in range(len(self.requests))]
         tokens = sum(one.usage.prompt_tokens for one in stats)
         found = [
@@ -67,8 +72,6 @@ class EmbeddingJob:
     def _formed(self, vector: tuple[float, ...]) -> list[float] | str:
         wanted = self._body.dimensions
         if wanted is not None and wanted != len(vector):
-            if wanted > len(vector):
-                raise invalid(f"this model's embeddings have {len(vector)} dimensions", "dimensions")
             # As OpenAI shortens them: the first ones, of length 1 again.
             norm = math.sqrt(math.fsum(x * x for x in vector[:wanted])) or 1.0
             vector = tuple(x / norm for x in vector[:wanted])

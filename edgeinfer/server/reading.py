@@ -24,16 +24,16 @@ class Reader(Protocol):
         ...
 
     def end(self, stats: Sequence[RunStats]) -> str:
-        """The chunks after the last event."""
+        """The chunks after the last event. stats: of the requests, in their order."""
         ...
 
 
 class Deadline:
-    """Cancels answers when their time is over."""
+    """Cancels answers when their time is over. said_s: the limit as a message tells it."""
 
-    def __init__(self, answers: Answers, seconds: float) -> None:
+    def __init__(self, answers: Answers, seconds: float, said_s: float | None = None) -> None:
         self._answers = answers
-        self._seconds = seconds
+        self._said_s = seconds if said_s is None else said_s
         self.is_over = False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._end) if seconds else None
 
@@ -54,7 +54,7 @@ class Deadline:
         if self.is_over:
             return ApiError(
                 504,
-                f"the answer took longer than {self._seconds:g} s and was ended; raise --timeout or ask"
+                f"the answer took longer than {self._said_s:g} s and was ended; raise --timeout or ask"
                 " for fewer tokens",
                 "server_error",
                 code="timeout",
@@ -70,7 +70,7 @@ async def stream(
     """SSE chunks. A failure is a chunk with `error`, after which nothing comes, not even [DONE].
     progress: with comments that tell how far the answers are."""
     deadline = Deadline(answers, timeout_s)
-    stats: list[RunStats] = []
+    stats: dict[int, RunStats] = {}
     try:
         if first := reader.begin():
             yield first.encode()
@@ -78,7 +78,7 @@ async def stream(
             chunks = ""
             for index, event in batch:
                 if isinstance(event, Ended):
-                    stats.append(event.stats)
+                    stats[index] = event.stats
                     problem = deadline.error_of(event)
                     if problem is not None:
                         answers.cancel()
@@ -91,9 +91,10 @@ async def stream(
                 chunks += reader.read(index, event)
             if chunks:
                 yield chunks.encode()
-        yield reader.end(stats).encode() + sse.DONE
+        yield reader.end([stats[index] for index in sorted(stats)]).encode() + sse.DONE
     finally:
         deadline.stop()
+        answers.leave()
 
 
 def _progress(event: Event) -> str:
@@ -106,9 +107,15 @@ def _progress(event: Event) -> str:
     return ""
 
 
-async def read_all(answers: Answers, read: Callable[[int, Event], object], timeout_s: float) -> None:
-    """Every event to `read`. Raises ApiError if any answer failed or was ended."""
-    deadline = Deadline(answers, timeout_s)
+async def read_all(
+    answers: Answers,
+    read: Callable[[int, Event], object],
+    timeout_s: float,
+    said_s: float | None = None,
+) -> None:
+    """Every event to `read`. Raises ApiError if any answer failed or was ended.
+    said_s: the time limit as a message tells it, where this is a part of the work only."""
+    deadline = Deadline(answers, timeout_s, said_s)
     problem: ApiError | None = None
     try:
         async for batch in answers.events():
@@ -120,5 +127,6 @@ async def read_all(answers: Answers, read: Callable[[int, Event], object], timeo
                 read(index, event)
     finally:
         deadline.stop()
+        answers.leave()
     if problem is not None:
         raise problem

@@ -7,7 +7,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edgeinfer.client import Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
@@ -66,6 +67,7 @@ class Service:
         self._names = {name, *aliases}
         self._lock = threading.Lock()
         self._num_open = 0  # requests that run or wait
+        self._num_using = 0
         self._answer_s = 1.0  # of an answer, lately
         self._last_used = time.monotonic()
         self._wakes: Wakes | None = None  # of the event loop that `start` is called in
@@ -130,6 +132,21 @@ class Service:
             headers={"retry-after": str(wait)},
         )
 
+    def has_room(self, count: int) -> bool:
+        return self._num_open + count <= self.settings.parallel + self.settings.queue
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The model must not leave memory meanwhile, though no request runs."""
+        with self._lock:
+            self._num_using += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_using -= 1
+                self._last_used = time.monotonic()
+
     def _give_back(self, seconds: float) -> None:
         with self._lock:
             self._num_open -= 1
@@ -153,7 +170,9 @@ class Service:
         while limit:
             await asyncio.sleep(min(IDLE_CHECK_S, limit / 4))
             idle = time.monotonic() - self._last_used
-            is_due = not self._num_open and idle >= limit and client.info is not None
+            is_due = (
+                not self._num_open and not self._num_using and idle >= limit and client.info is not None
+            )
             if is_due and await asyncio.to_thread(client.unload):
                 log.info("%s left memory after %.0f s without a request", self.name, idle)
 

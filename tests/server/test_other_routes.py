@@ -167,6 +167,28 @@ def test_metrics_count_what_happened(endpoint: Endpoint) -> None:
         assert name in page, name
 
 
+def test_more_dimensions_than_there_are_are_refused_after_the_first_text(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        reply = http.post("/v1/embeddings", json={"input": ["a"] * 100, "dimensions": 10_000})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "dimensions"
+    assert endpoint.service.num_open == 0
+
+
+def test_a_long_text_is_not_tokenized_for_the_asking(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        reply = http.post("/v1/tokenize", json={"text": "x" * (2**20 + 1)})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "text"
+
+
+def test_a_body_that_is_no_json_is_said_so(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        error = http.post("/v1/chat/completions", content=b'{"messages": [}').json()["error"]
+    assert "no JSON" in error["message"]
+    assert error["param"] is None
+
+
 def test_an_unknown_route_and_a_wrong_method_have_openais_error(endpoint: Endpoint) -> None:
     with endpoint.http() as http:
         for reply, status in ((http.get("/nowhere"), 404), (http.get("/v1/chat/completions"), 405)):

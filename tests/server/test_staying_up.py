@@ -8,7 +8,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +109,57 @@ def test_closing_ends_streams_with_a_reason(tmp_path: Path) -> None:
                 break
         connection.close()
     assert b'"code":"closing"' in data
+
+
+@pytest.mark.slow
+def test_large_prompts_beside_busy_streams_hold_up_nobody(tmp_path: Path) -> None:
+    """What is more than a pipe holds goes both ways at once, while a text is being tokenized."""
+    large, text = "y" * 80_000, "z" * 800_000
+    talkative = {"messages": ask("hi"), "max_tokens": 1000, "logprobs": True, "top_logprobs": 20}
+    asked: list[tuple[str, dict[str, Any]]] = [("/v1/chat/completions", talkative)] * 3
+    asked += [("/v1/tokenize", {"text": text})] * 2
+    asked += [("/v1/completions", {"prompt": large, "max_tokens": 1})] * 2
+    script = {"answers": {"*": "x" * 3000}}
+    with (
+        scripted(tmp_path, script, sequences=6, context=100_000) as endpoint,
+        ThreadPoolExecutor(len(asked)) as asking,
+        endpoint.http() as http,
+    ):
+        replies = [asking.submit(http.post, route, json=body) for route, body in asked]
+        for reply in replies:
+            assert reply.result(timeout=60).status_code == 200
+            assert http.get("/health").status_code == 200
+        until(lambda: endpoint.service.num_open == 0)
+
+
+def test_who_goes_away_while_a_large_prompt_is_read_is_heard(tmp_path: Path) -> None:
+    with scripted(tmp_path, SLOW, context=100_000) as endpoint, endpoint.http() as http:
+        running_one = raw_request(endpoint, "/v1/chat/completions", {"messages": ask("hi")})
+        until(lambda: running(endpoint) == 1)
+        waiting = [
+            raw_request(endpoint, "/v1/completions", {"prompt": "y" * 80_000, "max_tokens": 1})
+            for _ in range(2)
+        ]
+        for connection in (running_one, *waiting):
+            connection.close()
+        until(lambda: endpoint.service.num_open == 0)
+        assert 'edgeinfer_requests_total{outcome="cancelled"' in http.get("/metrics").text
+
+
+def test_tokenizing_keeps_a_model_from_resting(tmp_path: Path) -> None:
+    settings = ServiceSettings(parallel=2, idle_unload_s=0.4)
+    with scripted(tmp_path, settings=settings) as endpoint, endpoint.http() as http:
+        until(lambda: not endpoint.client.info)
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            assert http.post("/v1/tokenize", json={"text": "hello"}).status_code == 200
+            assert endpoint.client.info is not None
+        until(lambda: not endpoint.client.info)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
+    with scripted(tmp_path, context=512) as endpoint, endpoint.http() as http:
+        reply = http.post("/v1/completions", json={"prompt": "y" * 1_000_000})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+        assert "at least" in reply.json()["error"]["message"]
