@@ -174,6 +174,12 @@ class LocalClient(Client):
         process.close()
         return True
 
+    def end_hanging_process(self, silent_s: float) -> None:
+        """End the worker, which has not answered for `silent_s`. Its requests fail; it starts again."""
+        process = self._process
+        if process is not None:
+            process.kill(f"it had not answered for {silent_s:.0f} s")
+
     @property
     def is_load_cancelled(self) -> bool:
         """Whether the load that runs is wanted no more; a `pull_missing` may look, and raise."""

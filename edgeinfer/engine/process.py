@@ -66,6 +66,7 @@ class EngineProcess:
         self._on_refused = on_refused
         self._on_death = on_death
         self._closing = False
+        self._why_killed = ""
         self._commands: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._asked: dict[int, SimpleQueue[dict[str, Any] | None]] = {}
@@ -188,6 +189,11 @@ class EngineProcess:
             thread.join(SHUTDOWN_S)
         self._close_streams()
 
+    def kill(self, why: str) -> None:
+        """End the process at once; `on_death` says why."""
+        self._why_killed = why
+        self._process.kill()
+
     def _close_streams(self) -> None:
         for stream in (self._stdin, self._stdout, self._stderr):
             with contextlib.suppress(OSError):
@@ -200,6 +206,8 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             return WorkerDied(f"the model's process stopped answering {when}")
         self._listener.join(0.5)
+        if self._why_killed:
+            return WorkerDied(f"the model's process was ended: {self._why_killed}")
         if code < 0:
             try:
                 how = f"was killed by {signal.Signals(-code).name}"

@@ -41,18 +41,27 @@ class Answers:
     from the client's thread.
 
     watch(index, event): called in that thread for every event, before the reader sees it. wakes: called
-    by the client after its events.
+    by the client after its events. on_cancel(self): called when their end is asked for, the first time.
     """
 
-    def __init__(self, client: Client, requests: Sequence[Request], watch: Watch, wakes: Wakes) -> None:
+    def __init__(
+        self,
+        client: Client,
+        requests: Sequence[Request],
+        watch: Watch,
+        wakes: Wakes,
+        on_cancel: Callable[[Answers], None] = lambda _: None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._wakes = wakes
         self._watch = watch
+        self._on_cancel = on_cancel
         self._arrived: deque[tuple[int, Event]] = deque()
         self._wake = asyncio.Event()
         self._is_woken = False
         self._heard = [False] * len(requests)  # whether anything came of it yet
-        self._left = len(requests)
+        self._left = len(requests)  # whose end was not read yet
+        self.num_running = len(requests)  # that did not end yet
         self.is_cancelled = False
         self._generations = [
             client.start(request, partial(self._on_event, index))
@@ -61,6 +70,7 @@ class Answers:
 
     def _on_event(self, index: int, event: Event) -> None:
         self._watch(index, event)
+        self.num_running -= isinstance(event, Ended)
         self._arrived.append((index, event))
         if not self._is_woken:
             self._is_woken = True
@@ -68,7 +78,9 @@ class Answers:
 
     def cancel(self) -> None:
         """Ask for the end of all; `events` goes on to it."""
-        self.is_cancelled = True
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self._on_cancel(self)
         for generation in self._generations:
             generation.cancel()
 

@@ -53,13 +53,16 @@ def create_app(service: Service, on_close: Callable[[], None] = lambda: None) ->
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        rest = asyncio.create_task(service.rest_when_idle())
+        tasks = [
+            asyncio.create_task(task) for task in (service.rest_when_idle(), service.end_what_hangs())
+        ]
         try:
             yield
         finally:
-            rest.cancel()
-            with suppress(asyncio.CancelledError):
-                await rest
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await asyncio.to_thread(on_close)
 
     app = FastAPIOffline(title="edgeinfer", version=__version__, lifespan=lifespan, redoc_url=None)

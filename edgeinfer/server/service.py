@@ -22,6 +22,7 @@ log = logging.getLogger("edgeinfer.server")
 
 MOST_RETRY_S = 120
 IDLE_CHECK_S = 1.0
+HANG_CHECK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class ServiceSettings:
     """parallel: answers that run at once. queue: requests that may wait for them; more are told to come
     again. timeout_s: longest that a request may take in all; 0: no end. idle_unload_s: after so long
     without a request the model leaves memory; 0: never. accept_s: how long a stream's status waits for
-    its request to be found answerable, which takes milliseconds but when the model must be loaded."""
+    its request to be found answerable, which takes milliseconds but when the model must be loaded.
+    hang_s: where a cancelled request has not ended after so long, the model's process hangs, and is
+    ended. (A step of a large model may take a minute where it is slow.)"""
 
     parallel: int = 4
     queue: int = 64
@@ -37,6 +40,7 @@ class ServiceSettings:
     idle_unload_s: float = 0.0
     ping_s: float = 10.0
     accept_s: float = 3.0
+    hang_s: float = 300.0
 
 
 class Service:
@@ -68,6 +72,9 @@ class Service:
         self._lock = threading.Lock()
         self._num_open = 0  # requests that run or wait
         self._num_using = 0
+        self._ending: list[
+            tuple[float, Answers]
+        ] = []  # cancelled ones, until they are seen to have ended
         self._answer_s = 1.0  # of an answer, lately
         self._last_used = time.monotonic()
         self._wakes: Wakes | None = None  # of the event loop that `start` is called in
@@ -104,7 +111,10 @@ class Service:
         if self._wakes is None:
             self._wakes = Wakes()
             self.client.after_events = self._wakes.call
-        return Answers(self.client, requests, watch, self._wakes)
+        return Answers(self.client, requests, watch, self._wakes, self._await_end)
+
+    def _await_end(self, answers: Answers) -> None:
+        self._ending.append((time.monotonic(), answers))
 
     def _take(self, route: str, count: int) -> None:
         most = self.settings.parallel + self.settings.queue
@@ -160,6 +170,20 @@ class Service:
     def status(self) -> EngineStatus | None:
         """None while no model is loaded. May block for some milliseconds."""
         return self.client.status()
+
+    # -- hanging -----------------------------------------------------------------------------------
+
+    async def end_what_hangs(self) -> None:
+        """Runs as long as the endpoint: a model's process that obeys no cancel is ended, whose requests
+        fail and which is started again."""
+        while True:
+            await asyncio.sleep(min(HANG_CHECK_S, self.settings.hang_s / 4))
+            self._ending = [(since, answers) for since, answers in self._ending if answers.num_running]
+            waited = max((time.monotonic() - since for since, _ in self._ending), default=0.0)
+            if waited >= self.settings.hang_s:
+                log.warning("the model's process did not answer for %.0f s and is ended", waited)
+                self._ending.clear()
+                self.client.end_hanging_process(waited)
 
     # -- rest ------------------------------------------------------------------------------------
 

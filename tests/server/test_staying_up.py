@@ -85,6 +85,20 @@ def test_a_dead_worker_is_an_error_and_the_next_request_is_answered(tmp_path: Pa
         assert endpoint.service.num_open == 0
 
 
+def test_a_worker_that_hangs_is_ended_and_the_next_request_is_answered(tmp_path: Path) -> None:
+    settings = ServiceSettings(parallel=2, timeout_s=0.5, hang_s=0.5)
+    with scripted(tmp_path, SLOW, settings=settings) as endpoint, endpoint.http() as http:
+        pid = endpoint.client.worker_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        reply = http.post("/v1/chat/completions", json={"messages": ask("hi"), "max_tokens": 3})
+        assert reply.status_code == 503
+        assert "had not answered" in reply.json()["error"]["message"]
+        until(lambda: endpoint.client.worker_pid not in (pid, None))
+        until(lambda: endpoint.chat(max_tokens=1).status_code == 200)
+        assert endpoint.service.num_open == 0
+
+
 def test_an_idle_model_leaves_memory_and_comes_back(tmp_path: Path) -> None:
     settings = ServiceSettings(parallel=2, idle_unload_s=0.2)
     with scripted(tmp_path, settings=settings) as endpoint, endpoint.http() as http:
