@@ -77,7 +77,7 @@ def chat(
     progress = LoadMessages()
     client: Client
     if attach is not None:
-        client = attached(context, attach, api_key, model)
+        client = attached(context, attach, api_key)
     else:
         client = LocalClient(opened, puller(progress.show))
     progress.client = client
@@ -87,7 +87,7 @@ def chat(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
-        model_label=model or "",
+        model_label=model or "" if attach is None else "",
     )
     raise typer.Exit(code)
 

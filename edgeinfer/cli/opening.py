@@ -63,8 +63,11 @@ def open_options(
 _LOADING = ("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram")
 
 
-def attached(context: typer.Context, url: str, api_key: str | None, model: str | None) -> HttpClient:
-    """A client of an endpoint that runs already. Raises UsageError for options that cannot reach it."""
+def attached(context: typer.Context, url: str, api_key: str | None) -> HttpClient:
+    """A client of an endpoint that runs already, and of the model there that the command line names: one
+    that a variable or the config file has for models here says nothing about it. Raises UsageError for
+    options that cannot reach it."""
+    from edgeinfer.cli.configured import FileDefaults
     from edgeinfer.client.http import HttpClient
 
     for name in _LOADING:
@@ -72,7 +75,8 @@ def attached(context: typer.Context, url: str, api_key: str | None, model: str |
         if source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} is the endpoint's to choose; give it to `edgeinfer serve` there")
-    return HttpClient(url, api_key, model)
+    chosen = FileDefaults.of(context).chosen_model()
+    return HttpClient(url, api_key, str(chosen.value) if chosen and not chosen.where else None)
 
 
 def puller(

@@ -123,7 +123,7 @@ def run(
 
     chosen: Client
     if attach is not None:
-        chosen = attached(context, attach, api_key, model)
+        chosen = attached(context, attach, api_key)
     else:
         chosen = LocalClient(opened, puller(show, say))
     with chosen as client:

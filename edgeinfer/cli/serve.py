@@ -117,7 +117,7 @@ def serve(
     )
     check_binding(host, keys, no_api_key, guard.allow_origins)
     check_names(guard)
-    logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "WARNING"))
+    logging.basicConfig(stream=sys.stderr, level=_log_level())
     status = StatusLine(enabled=not quiet)
 
     def show(what: str, fraction: float) -> None:
@@ -142,6 +142,21 @@ def serve(
         for warning in info.warnings:
             say(f"warning: {warning}")
         _run(client, settings, sampling, max_tokens, guard, listening, say)
+
+
+def _log_level() -> str:
+    """Of the environment, which the model's process inherits: it is left as logging reads it. Raises
+    UsageError."""
+    found = os.environ.get("EDGEINFER_LOG", "").strip()
+    if not found:
+        os.environ.pop("EDGEINFER_LOG", None)
+        return "WARNING"
+    if found.upper() not in logging.getLevelNamesMapping():
+        raise UsageError(
+            f"EDGEINFER_LOG {one_line(found, 40)!r} is no level; use debug, info, warning or error"
+        )
+    os.environ["EDGEINFER_LOG"] = level = found.upper()
+    return level
 
 
 def _run(

@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,6 +43,7 @@ from edgeinfer.errors import (
     UsageError,
     one_line,
 )
+from edgeinfer.sampling import SamplingParams
 
 log = logging.getLogger("edgeinfer.client")
 
@@ -55,7 +56,11 @@ class HttpClient(Client):
     """url: with or without /v1. model: None takes the first that the endpoint lists.
 
     A request's events are those of a LocalClient, as far as the endpoint tells: any server gives the
-    text and its end, ours also the prompt's progress and the whole of the stats.
+    text and its end, ours also the prompt's progress and the whole of the stats. A thought that is told
+    apart from the answer comes as text in <think> tags, as a model writes it.
+
+    What OpenAI's API has no word for is sent to ours, and to others where it is not the default. A
+    request that cannot be asked of an endpoint ends with UsageError.
     """
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
@@ -63,6 +68,7 @@ class HttpClient(Client):
         self._base = _base_of(url)
         self._wanted = model
         self._info: ModelInfo | None = None
+        self._is_ours = False
         self._closed = False
         self._lock = threading.Lock()
         self._running: set[_Running] = set()
@@ -72,7 +78,8 @@ class HttpClient(Client):
             headers={**headers, "user-agent": "edgeinfer", PROGRESS_HEADER: "1"},
             timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
             trust_env=False,  # a proxy of the environment has no business with a local endpoint
-            limits=httpx.Limits(max_connections=None),
+            # One connection a request: which one to break off is known as soon as there is one.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
     # -- loading ---------------------------------------------------------------------------------
@@ -80,11 +87,14 @@ class HttpClient(Client):
     def load(self, progress: LoadProgress | None = None) -> ModelInfo:
         """Nothing is loaded: asks what the endpoint serves. Raises EndpointUnreachable, EndpointFailed,
         ModelNotFound."""
+        return self._load(progress, None)
+
+    def _load(self, progress: LoadProgress | None, running: _Running | None) -> ModelInfo:
         if self._info is not None:
             return self._info
         if progress is not None:
             progress(f"asking {self._base}", 0.0)
-        found = self._get("/models").get("data")
+        found = self._get("/models", running).get("data")
         models = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
         names = [str(one.get("id", "")) for one in models]
         if not names:
@@ -95,6 +105,7 @@ class HttpClient(Client):
                 f"{self._base} has no model {self._wanted!r}; it has {', '.join(names[:8])}"
             )
         model = chosen or models[0]
+        self._is_ours = model.get("owned_by") == "edgeinfer"
         context = model.get("context_length")
         self._info = ModelInfo(
             name=str(model["id"]),
@@ -143,14 +154,13 @@ class HttpClient(Client):
         answer = _Answer(tell, begin)
         ended: Ended | None = None
         try:
-            model = self.load().name
-            route, body = _body_of(request, model)
-            with self._http.stream("POST", route, json=body) as response:
-                running.attach(response)
+            model = self._load(None, running).name
+            route, body = _body_of(request, model, is_ours=self._is_ours)
+            with self._http.stream("POST", route, json=body, extensions=running.extensions) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _refusal(self._base, response)
-                ended = answer.read(response.iter_lines())
+                ended = answer.read(_lines(response.iter_bytes()))
         except EdgeInferError as error:
             ended = answer.failed(error)
         except (httpx.HTTPError, httpx.StreamError, OSError, ValueError) as error:
@@ -193,8 +203,9 @@ class HttpClient(Client):
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self._post("/detokenize", {"tokens": list(tokens)}).get("text", ""))
 
-    def _get(self, route: str) -> dict[str, Any]:
-        return self._ask(lambda: self._http.get(route))
+    def _get(self, route: str, running: _Running | None = None) -> dict[str, Any]:
+        extensions = running.extensions if running is not None else None
+        return self._ask(lambda: self._http.get(route, extensions=extensions))
 
     def _post(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return self._ask(lambda: self._http.post(route, json=body))
@@ -230,13 +241,19 @@ class _Running:
         self._socket: socket.socket | None = None
         self.is_cancelled = False
 
-    def attach(self, response: httpx.Response) -> None:
-        stream = response.extensions.get("network_stream")
-        found = stream.get_extra_info("socket") if stream is not None else None
-        with self._lock:
-            self._socket = found
-            if self.is_cancelled:
-                self._hang_up()
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """Of an HTTP request that is to end with this one."""
+        return {"trace": self._trace}
+
+    def _trace(self, event: str, about: Mapping[str, Any]) -> None:
+        # An endpoint that reads a long prompt may not answer for minutes: the response comes too late.
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            found = about["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._socket = found
+                if self.is_cancelled:
+                    self._hang_up()
 
     def cancel(self) -> None:
         with self._lock:
@@ -260,14 +277,13 @@ class _Answer:
         self._text: list[str] = []
         self._num_tokens = 0
         self._is_counted = False  # our own endpoint tells how many tokens there are
+        self._is_thinking = False
         self._reason = ""
         self._usage: Mapping[str, Any] = {}
         self._stats: RunStats | None = None
 
     def read(self, lines: Iterator[str]) -> Ended:
         for line in lines:
-            if len(line) > MOST_LINE:
-                raise EndpointFailed("the endpoint sent a line that is too long")
             if line.startswith(":"):
                 self._comment(line[1:].strip())
             elif line.startswith("data:"):
@@ -304,9 +320,15 @@ class _Answer:
                 self._stats = stats_from_wire({**chunk["edgeinfer"], "text": ""})
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
-            text = delta.get("content") or choice.get("text") or ""
-            if text:
-                self._add(str(text))
+            thought = str(delta.get("reasoning_content") or delta.get("reasoning") or "")
+            text = str(delta.get("content") or choice.get("text") or "")
+            if thought and not self._is_thinking:
+                thought = "<think>\n" + thought
+            if text and (self._is_thinking or thought):
+                text = "\n</think>\n\n" + text
+            if thought or text:
+                self._is_thinking = not text
+                self._add(thought + text)
             self._reason = str(choice.get("finish_reason") or self._reason)
 
     def _add(self, text: str) -> None:
@@ -362,24 +384,75 @@ def _base_of(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"
 
 
-def _body_of(request: Request, model: str) -> tuple[str, dict[str, Any]]:
-    """The route, and the request in OpenAI's words."""
-    sampling = request.sampling
+def _lines(parts: Iterable[bytes]) -> Iterator[str]:
+    """A stream's lines, which end with a line feed and nothing else: an answer may hold all the other
+    characters that str.splitlines takes for a line's end. Raises EndpointFailed for one without an end.
+    """
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            yield _text_of(b"".join((*held, end)))
+            held, size = [], 0
+        held.append(rest)
+        size += len(rest)
+        if size > MOST_LINE:
+            raise EndpointFailed("the endpoint sent a line that is too long")
+    if size:
+        yield _text_of(b"".join(held))
+
+
+def _text_of(line: bytes) -> str:
+    return line.removesuffix(b"\r").decode("utf-8", "replace")
+
+
+# What OpenAI's API does not know, and refuses.
+_OUR_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty", "dry_multiplier")
+_NO_SAMPLING = ("penalty_last_n", "dry_base", "dry_allowed_length", "dry_last_n")
+
+
+def _check_sendable(request: Request) -> None:
+    """Raises UsageError for what no endpoint can be asked, or what is not read from its answers."""
+    default = SamplingParams()
+    wrong = {
+        "embedding": request.embedding,
+        "logprobs": request.logprobs is not None,
+        "tools": request.tools,
+        "visible_tokens": request.visible_tokens,
+        **{name: getattr(request.sampling, name) != getattr(default, name) for name in _NO_SAMPLING},
+    }
+    for name, is_given in wrong.items():
+        if is_given:
+            raise UsageError(
+                f"{name} cannot be asked of an endpoint; leave it out or load the model here"
+            )
+
+
+def _body_of(request: Request, model: str, *, is_ours: bool) -> tuple[str, dict[str, Any]]:
+    """The route, and the request in OpenAI's words. is_ours: `edgeinfer serve`, which knows more of
+    them. Raises UsageError."""
+    _check_sendable(request)
+    sampling, default = request.sampling, SamplingParams()
     body: dict[str, Any] = {
         "model": model,
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": min(2.0, sampling.temperature),
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repeat_penalty": sampling.repeat_penalty,
-        "presence_penalty": max(-2.0, min(2.0, sampling.presence_penalty)),
-        "frequency_penalty": max(-2.0, min(2.0, sampling.frequency_penalty)),
-        "dry_multiplier": sampling.dry_multiplier,
-        "max_tokens": -1 if request.max_tokens is None else request.max_tokens,
     }
+    for name in _OUR_SAMPLING:
+        if is_ours or getattr(sampling, name) != getattr(default, name):
+            body[name] = getattr(sampling, name)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if is_ours or getattr(sampling, name):
+            body[name] = max(-2.0, min(2.0, getattr(sampling, name)))
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if request.max_tokens is not None:
+        body["max_tokens"] = request.max_tokens
+    elif is_ours and request.messages is None:  # where OpenAI's default is 16
+        body["max_tokens"] = -1
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     if request.stop:
@@ -390,6 +463,8 @@ def _body_of(request: Request, model: str) -> tuple[str, dict[str, Any]]:
         body["response_format"] = _format_of(request.constraint)
     if request.messages is not None:
         body["messages"] = [message.as_template_value() for message in request.messages]
+        if request.template_options:
+            body["chat_template_kwargs"] = dict(request.template_options)
         return "/chat/completions", body
     body["prompt"] = request.prompt if request.tokens is None else list(request.tokens)
     return "/completions", body

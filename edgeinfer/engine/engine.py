@@ -180,7 +180,9 @@ class Engine:
                 f"{facts.backend} makes no embeddings; use a model that another backend runs"
             )
         if request.constraint is not None and not facts.can.token_masks:
-            return RequestFailed(f"{facts.backend} cannot hold answers to a form (no token masks)")
+            return BackendUnavailable(
+                f"{facts.backend} cannot hold answers to a form (it has no token masks)"
+            )
         if not tokens:
             return UsageError("the prompt is empty; say something")
         if len(tokens) >= facts.context:

@@ -423,7 +423,9 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
     import psutil  # noqa: F401 (tens of ms: here the owner is still reading the model's header)
 
-    logging.basicConfig(stream=sys.stderr, level=os.environ.get("EDGEINFER_LOG", "ERROR"))
+    wanted = os.environ.get("EDGEINFER_LOG", "").upper()
+    known = logging.getLevelNamesMapping()
+    logging.basicConfig(stream=sys.stderr, level=known.get(wanted, logging.ERROR))
     commands = os.fdopen(os.dup(0), "rb", buffering=0)
     events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever native code prints must not end up between two events

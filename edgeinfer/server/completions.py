@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,11 +38,16 @@ class CompletionJob:
             )
         if body.echo and not all(isinstance(prompt, str) for prompt in self._prompts):
             raise invalid("echo needs prompts of text, not of tokens", "echo")
-        longest = body.max_tokens or service.max_tokens or DEFAULT_MAX_TOKENS
+        if body.echo and body.logprobs is not None:
+            raise invalid(
+                "echo together with logprobs is not supported: a prompt's tokens have no log"
+                " probabilities here; leave out one of them",
+                "echo",
+            )
         common = Request(
             prompt="",
             sampling=body.sampling(service.sampling),
-            max_tokens=None if longest == -1 else longest,
+            max_tokens=body.most_tokens(service.max_tokens or DEFAULT_MAX_TOKENS),
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
             logprobs=body.logprobs,
@@ -88,17 +94,27 @@ class _Choice:
         self._wants_logprobs = wants_logprobs
         self._text = echo
         self._logprobs: list[TokenLogprob] = []
+        self._offsets: list[int] = []
+        self._length = len(echo)  # in characters, of the tokens so far
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, event: Text) -> dict[str, Any] | None:
         """Its log probabilities in the route's shape, None if nobody asked."""
-        before = len(self._text)
         self._text += event.text
+        if not self._wants_logprobs:
+            return None
+        # Told text is no measure: some is held back, and a character may be of several tokens.
+        offsets = []
+        for one in event.logprobs:
+            offsets.append(self._length)
+            self._length += len(self._decoder.decode(bytes(one.bytes)))
         self._logprobs += event.logprobs
-        return legacy_logprobs(event.logprobs, before) if self._wants_logprobs else None
+        self._offsets += offsets
+        return legacy_logprobs(event.logprobs, offsets)
 
     def whole(self) -> dict[str, Any]:
         assert self.stats is not None
-        logprobs = legacy_logprobs(self._logprobs, len(self.echo)) if self._wants_logprobs else None
+        logprobs = legacy_logprobs(self._logprobs, self._offsets) if self._wants_logprobs else None
         return {
             "index": self.index,
             "text": self._text,

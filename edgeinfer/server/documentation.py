@@ -44,10 +44,13 @@ _MEANINGS = {
     "401": "A key is needed, or the key is not right.",
     "403": "The Host or the Origin is not allowed here.",
     "404": "There is no such model or route.",
+    "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "429": "Too many requests wait already; Retry-After says when to come again.",
+    "500": "Something failed inside; the log says what, under the request's id.",
     "503": "The model's process died or the endpoint is closing.",
     "504": "The answer took longer than --timeout.",
+    "507": "The model does not fit into memory.",
 }
 _STREAMS = ("/v1/chat/completions", "/v1/completions")
 

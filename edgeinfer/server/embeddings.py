@@ -11,7 +11,7 @@ from typing import Any
 from edgeinfer.client import Embedded, Ended, Event, Request, RunStats
 from edgeinfer.server.errors import invalid
 from edgeinfer.server.openai_replies import with_stats
-from edgeinfer.server.openai_requests import MAX_INPUTS, EmbeddingRequest
+from edgeinfer.server.openai_requests import EmbeddingRequest
 from edgeinfer.server.service import Service
 
 
@@ -23,8 +23,6 @@ class EmbeddingJob:
         inputs = body.inputs
         if not inputs or any(not one for one in inputs):
             raise invalid("input is empty; give a text or a list of texts", "input")
-        if len(inputs) > MAX_INPUTS:
-            raise invalid(f"{len(inputs)} inputs; at most {MAX_INPUTS} are taken at once", "input")
         self.requests = [
             Request(
                 prompt=one if isinstance(one, str) else None,

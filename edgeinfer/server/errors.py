@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from edgeinfer.errors import (
+    BackendUnavailable,
     ConstraintInvalid,
     EdgeInferError,
     HubUnreachable,
@@ -113,6 +114,8 @@ STATUS_OF: dict[type[EdgeInferError], Mapped] = {
     UsageError: Mapped(400, "invalid_request_error"),
     ConstraintInvalid: Mapped(400, "invalid_request_error", "unsupported_schema"),
     ToolsInvalid: Mapped(400, "invalid_request_error", "invalid_tools"),
+    # While a model is served, its backend lacks nothing but what a request asks of it.
+    BackendUnavailable: Mapped(400, "invalid_request_error", "unsupported_by_backend"),
     TemplateError: Mapped(400, "invalid_request_error", "template_error"),
     PromptTooLong: Mapped(400, "exceed_context_size_error", "context_length_exceeded"),
     ModelNotFound: Mapped(404, "not_found_error", "model_not_found"),

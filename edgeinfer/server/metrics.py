@@ -6,7 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from edgeinfer.client import Ended, EngineStatus, Event, Queued, RunStats, Text
+from edgeinfer.client import Ended, EngineStatus, Event, Queued, RunStats, Started, Text
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_TOLD = 64  # tokens of one burst that count into the inter-token histogram
@@ -97,13 +97,14 @@ class Metrics:
             gauge.set(0 if status is None else getattr(status, name))
         return generate_latest(self.registry)
 
-    def count_end(self, route: str, ended: Ended) -> None:
+    def count_end(self, route: str, ended: Ended, *, is_started: bool) -> None:
+        """is_started: whether its prompt came to be read; one that was refused has only been counted."""
         stats = ended.stats
         self.requests.labels(route, ended.outcome).inc()
-        self.prompt_tokens.inc(stats.usage.prompt_tokens)
-        self.completion_tokens.inc(stats.usage.completion_tokens)
-        if stats.usage.prompt_tokens:
+        if is_started:
+            self.prompt_tokens.inc(stats.usage.prompt_tokens)
             self._count_cache(stats)
+        self.completion_tokens.inc(stats.usage.completion_tokens)
         if stats.timings.ttft_s:
             self.ttft.observe(stats.timings.ttft_s)
         self.evicted_tokens.inc(stats.kv.evicted_tokens)
@@ -125,6 +126,7 @@ class RequestWatch:
         self._last = 0.0
         self._tokens = 0
         self.is_queued = False
+        self._is_started = False
 
     def see(self, event: Event) -> None:
         if isinstance(event, Text):
@@ -138,5 +140,7 @@ class RequestWatch:
                 self._last, self._tokens = now, event.num_tokens
         elif isinstance(event, Queued):
             self.is_queued = True
+        elif isinstance(event, Started):
+            self._is_started = True
         elif isinstance(event, Ended):
-            self._metrics.count_end(self._route, event)
+            self._metrics.count_end(self._route, event, is_started=self._is_started)

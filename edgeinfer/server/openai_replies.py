@@ -5,7 +5,6 @@ Chunks are put together as text: this is done for every burst of tokens of every
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 import time
@@ -13,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgeinfer.client import RunStats, TokenLogprob
+from edgeinfer.server.sse import dumps as _dumps
 
 LEAST_LOGPROB = -9999.0
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
 def usage_of(stats: Sequence[RunStats], prompts: int = 1) -> dict[str, Any]:
-    """Of all answers together; the prompt counts once for each of `prompts`, however many answers."""
+    """Of all answers together; the prompt counts once for each of `prompts`, however many answers.
+
+    stats: in the order of choices, which is prompt by prompt.
+    """
     each = max(1, len(stats) // max(1, prompts))
     counted = stats[::each]
     prompt = sum(s.usage.prompt_tokens for s in counted)
@@ -173,17 +172,13 @@ def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB) if math.isfinite(logprob) else LEAST_LOGPROB
 
 
-def legacy_logprobs(found: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """/v1/completions' shape. offset: characters of text before the first token."""
-    offsets = []
-    for one in found:
-        offsets.append(offset)
-        offset += len(one.token)
+def legacy_logprobs(found: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
+    """/v1/completions' shape. offsets: of each token, the characters of text before it."""
     return {
         "tokens": [one.token for one in found],
         "token_logprobs": [_finite(one.logprob) for one in found],
         "top_logprobs": [{text: _finite(value) for text, value in one.top} for one in found],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
 
 

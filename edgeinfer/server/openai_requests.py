@@ -2,17 +2,33 @@
 
 Fields that OpenAI has and this endpoint cannot honour are refused by name; fields nobody here knows are
 ignored and named in the answer's warnings.
+
+A body is validated in the event loop, so no body may be long to refuse: every list ends at its first
+error, and what may be one of several types is looked at as one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from edgeinfer.client import Message
+from edgeinfer.engine.request import MAX_STOP_STRINGS
 from edgeinfer.sampling import MAX_SEED, SamplingParams
 from edgeinfer.server.errors import ApiError, invalid
 
@@ -20,8 +36,69 @@ MAX_MESSAGES = 2048
 MAX_CHOICES = 64
 MAX_INPUTS = 2048
 MAX_TEMPLATE_VARIABLES = 32
+MAX_TOKENS = 2**20  # of one prompt
+MAX_CONTENT_PARTS = 1024
+MAX_BIASES = 4096
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_One = TypeVar("_One")
+Few = Annotated[list[_One], Field(fail_fast=True)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[Few[Token], Field(max_length=MAX_TOKENS)]
+
+
+def refused(message: str) -> PydanticCustomError:
+    """For validators: what is said behind the field's name."""
+    return PydanticCustomError("refused", "{said}", {"said": message})
+
+
+def _length(value: int | None) -> int | None:
+    if value == 0:
+        raise refused("must be at least 1, or -1 for the rest of the context")
+    return value
+
+
+Length = Annotated[int | None, Field(ge=-1, le=2**31 - 1), AfterValidator(_length)]
+
+_TOKENS: TypeAdapter[list[int]] = TypeAdapter(Tokens)
+_TOKEN_LISTS: TypeAdapter[list[list[int]]] = TypeAdapter(Few[Tokens])
+_TEXTS: TypeAdapter[list[str]] = TypeAdapter(Few[str])
+
+
+def _texts_or_tokens(most: int) -> Callable[[Any], Any]:
+    """most: texts, or lists of tokens."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise refused("must be a text, tokens, or a list of either")
+        first = value[0] if value else ""
+        if isinstance(first, int | float):
+            return _TOKENS.validate_python(value)
+        if len(value) > most:
+            raise refused(f"has {len(value)} entries; at most {most} are taken at once")
+        lists = _TOKEN_LISTS if isinstance(first, list) else _TEXTS
+        return lists.validate_python(value)
+
+    return read
+
+
+_TextsOrTokens = str | list[str] | list[int] | list[list[int]]
+
+
+def _stop(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise refused("must be a text or a list of texts")
+    if len(value) > MAX_STOP_STRINGS:
+        raise refused(f"has {len(value)} texts; at most {MAX_STOP_STRINGS} are taken")
+    return _TEXTS.validate_python(value)
+
+
+Stop = Annotated[
+    str | list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)
+]
 
 
 class _Body(BaseModel):
@@ -32,7 +109,7 @@ class _Body(BaseModel):
     @property
     def unknown(self) -> list[str]:
         """Names of fields that mean nothing here, for a warning."""
-        return sorted((self.model_extra or {}).keys())[:20]
+        return sorted(islice(self.model_extra or {}, 20))
 
 
 class StreamOptions(BaseModel):
@@ -54,16 +131,34 @@ class _Generate(_Body):
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     dry_multiplier: float | None = Field(None, ge=0.0, le=100.0)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
-    max_tokens: int | None = Field(
-        None, ge=-1, le=2**31 - 1, description="-1: to the end of the context."
-    )
+    stop: Stop = None
+    max_tokens: Length = Field(None, description="-1: to the end of the context.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     user: str | None = Field(None, max_length=512)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_BIASES:
+            raise refused(f"has {len(value)} tokens; at most {MAX_BIASES} are taken")
+        return value
+
+    @property
+    def asked_length(self) -> int | None:
+        """-1: to the end of the context. None: the request does not say."""
+        return self.max_tokens
+
+    def most_tokens(self, default: int | None) -> int | None:
+        """What `Request.max_tokens` takes: None is to the end of the context. default: where the request
+        does not say."""
+        asked = self.asked_length
+        if asked is None:
+            return default
+        return None if asked == -1 else asked
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` with what the request says. Raises UsageError."""
@@ -115,13 +210,29 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
+_PARTS: TypeAdapter[list[ContentPart]] = TypeAdapter(Few[ContentPart])
+
+
+def _content(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise refused("must be a text or a list of parts")
+    if len(value) > MAX_CONTENT_PARTS:
+        raise refused(f"has {len(value)} parts; at most {MAX_CONTENT_PARTS} are taken")
+    return _PARTS.validate_python(value)
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: Annotated[
+        str | list[ContentPart] | None,
+        PlainValidator(_content, json_schema_input_type=str | list[ContentPart] | None),
+    ] = None
     name: str | None = Field(None, max_length=256)
-    tool_calls: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tool_calls: Few[dict[str, Any]] | None = Field(None, max_length=128)
     tool_call_id: str | None = Field(None, max_length=256)
     reasoning_content: str | None = None
 
@@ -152,12 +263,12 @@ class NamedTool(BaseModel):
 
 
 class ChatRequest(_Generate):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=-1, le=2**31 - 1)
+    messages: Few[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: Length = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=256)
+    tools: Few[dict[str, Any]] | None = Field(None, max_length=256)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MAX_TEMPLATE_VARIABLES)
@@ -167,15 +278,39 @@ class ChatRequest(_Generate):
     store: bool | None = None
     service_tier: str | None = None
     prediction: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Few[str] | None = Field(None, max_length=8)
+    audio: Any = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     verbosity: str | None = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise refused("needs logprobs: true")
+        return value
+
+    @field_validator("modalities")
+    @classmethod
+    def _text_only(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and set(value) != {"text"}:
+            raise refused('must be ["text"]: this endpoint answers in text only')
+        return value
+
+    @field_validator("audio")
+    @classmethod
+    def _no_audio(cls, value: Any) -> None:
+        if value is not None:
+            raise refused("is not supported: this endpoint answers in text only")
+
+    @property
+    def asked_length(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     @property
     def longest(self) -> int | None:
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return None if limit == -1 else limit
+        return self.most_tokens(None)
 
 
 def message_of(index: int, message: ChatMessage) -> Message:
@@ -208,60 +343,52 @@ def _text_of(index: int, content: str | Sequence[ContentPart] | None) -> str:
 
 
 class CompletionRequest(_Generate):
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="A text or tokens, or a list of them."
-    )
+    prompt: Annotated[
+        _TextsOrTokens,
+        PlainValidator(_texts_or_tokens(MAX_CHOICES), json_schema_input_type=_TextsOrTokens),
+    ] = Field(description="A text or tokens, or a list of them.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     response_format: ResponseFormat | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
-    @field_validator("prompt")
-    @classmethod
-    def _few(cls, value: Any) -> Any:
-        if (
-            isinstance(value, list)
-            and value
-            and not isinstance(value[0], int)
-            and len(value) > MAX_CHOICES
-        ):
-            raise ValueError(f"{len(value)} prompts; at most {MAX_CHOICES} are taken at once")
-        return value
-
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [tuple(int(token) for token in self.prompt)]
-        return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
+        return _each(self.prompt)
 
 
 class EmbeddingRequest(_Body):
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Annotated[
+        _TextsOrTokens,
+        PlainValidator(_texts_or_tokens(MAX_INPUTS), json_schema_input_type=_TextsOrTokens),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
 
     @property
     def inputs(self) -> list[str | tuple[int, ...]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        if self.input and isinstance(self.input[0], int):
-            return [tuple(int(token) for token in self.input)]
-        return [p if isinstance(p, str) else tuple(p) for p in self.input]  # type: ignore[arg-type]
+        return _each(self.input)
+
+
+def _each(found: _TextsOrTokens) -> list[str | tuple[int, ...]]:
+    if isinstance(found, str):
+        return [found]
+    if found and isinstance(found[0], int):
+        return [tuple(found)]
+    return [one if isinstance(one, str) else tuple(one) for one in found]  # type: ignore[arg-type]
 
 
 class TokenizeRequest(_Body):
     text: str | None = Field(None, validation_alias=AliasChoices("text", "prompt", "content", "input"))
-    messages: list[ChatMessage] | None = Field(None, max_length=MAX_MESSAGES)
+    messages: Few[ChatMessage] | None = Field(None, max_length=MAX_MESSAGES)
     add_special: bool = False
     parse_special: bool = False
 
 
 class DetokenizeRequest(_Body):
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(max_length=2**20)
+    tokens: Tokens
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -22,8 +23,25 @@ _HEADERS = [
 ]
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+# Line ends for many clients (all that split as str.splitlines does), and what UTF-8 does not have.
+_NO_PART_OF_A_LINE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+
+
+def dumps(value: Any) -> str:
+    """JSON that is one line, whatever its reader takes for a line's end."""
+    text = _encode(value)
+    if text.isascii():  # nearly always, and told by a flag of the text
+        return text
+    return _NO_PART_OF_A_LINE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
 def data(value: Any) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return f"data: {dumps(value)}\n\n".encode()
 
 
 class EventStream(Response):
@@ -55,6 +73,7 @@ class EventStream(Response):
             async for chunk in self._chunks:
                 self._sent = loop.time()
                 await self._send(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+            ping.cancel()  # one that waits for its reader to take more must not come after the end
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             for task in (watch, ping):

@@ -200,6 +200,37 @@ def test_what_is_wrong_is_one_line_before_anything_is_loaded(
     assert said in done.error_line
 
 
+def test_the_logs_level_may_be_written_in_any_case(
+    console: Console, invoke: Invoke, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEINFER_LOG", "loud")
+    done = invoke("serve", *script(load_s=30.0))
+    assert done.code == 2
+    assert "EDGEINFER_LOG 'loud'" in done.error_line
+    console.environment["EDGEINFER_LOG"] = "error"
+    with serving(console, *script()) as it:
+        assert ask(it.url).status_code == 200
+
+
+@pytest.mark.parametrize("variable", [True, False])
+def test_a_model_chosen_for_this_machine_is_not_asked_of_an_endpoint(
+    console: Console,
+    invoke: Invoke,
+    script: Script,
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: bool,
+) -> None:
+    with serving(console, *script()) as it:
+        if variable:
+            monkeypatch.setenv("EDGEINFER_MODEL", "smollm2-360m")
+        else:
+            config_file.parent.mkdir(parents=True, exist_ok=True)
+            config_file.write_text('model = "smollm2-360m"\n')
+        done = invoke("run", "-q", "--attach", it.url, "hi")
+        assert (done.code, done.out) == (0, "Hello there.\n"), done.err
+
+
 def test_attach_says_what_it_finds(console: Console, invoke: Invoke, script: Script) -> None:
     with serving(console, *script()) as it:
         done = invoke("run", "--json", "--attach", it.url, "hi")

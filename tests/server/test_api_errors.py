@@ -7,6 +7,8 @@ from typing import get_args
 import pytest
 
 from edgeinfer.errors import (
+    BackendUnavailable,
+    ConstraintInvalid,
     DownloadFailed,
     EdgeInferError,
     HubUnreachable,
@@ -27,6 +29,8 @@ from edgeinfer.server.errors import STATUS_OF, ApiError, ErrorType, as_api_error
     [
         (PromptTooLong(5000, 4096), 400, "exceed_context_size_error", "context_length_exceeded"),
         (UsageError("x"), 400, "invalid_request_error", None),
+        (ConstraintInvalid("x"), 400, "invalid_request_error", "unsupported_schema"),
+        (BackendUnavailable("x"), 400, "invalid_request_error", "unsupported_by_backend"),
         (TemplateError("x"), 400, "invalid_request_error", "template_error"),
         (ModelNotFound("x"), 404, "not_found_error", "model_not_found"),
         (ModelTooLarge("x"), 507, "server_error", "model_too_large"),

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from edgeinfer.server.api_keys import ApiKeys
+from edgeinfer.server.completions import DEFAULT_MAX_TOKENS
 from edgeinfer.server.guard import GuardSettings
 from tests.server.endpoints import Endpoint, scripted
+
+LONG = "abcdefghij" * 4
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    script = {"answers": {"*": "Hello there.", "once": " upon a time", "b": "cd"}}
+    script = {"answers": {"*": "Hello there.", "once": " upon a time", "b": "cd", "long": LONG}}
     with scripted(tmp_path_factory.mktemp("endpoint"), script) as found:
         yield found
 
@@ -75,6 +78,8 @@ def test_legacy_log_probabilities_have_offsets(endpoint: Endpoint) -> None:
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": [1, 2], "echo": True}, "echo"),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, "echo"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens: must be at least 1"),
         ({"prompt": [10**9]}, "vocabulary"),
         ({"prompt": {}}, "prompt"),
     ],
@@ -85,6 +90,19 @@ def test_completions_refuse_what_they_cannot_do(
     status, reply = post(endpoint, "/v1/completions", **body)
     assert status == 400, reply
     assert word in reply["error"]["message"]  # type: ignore[index]
+
+
+def test_a_whole_context_is_answered_where_it_is_asked_for(endpoint: Endpoint) -> None:
+    assert len("Hello there.") < DEFAULT_MAX_TOKENS < len(LONG)
+    for asked, count in (({}, DEFAULT_MAX_TOKENS), ({"max_tokens": -1}, len(LONG))):
+        _, reply = post(endpoint, "/v1/completions", prompt="long", **asked)
+        assert len(reply["choices"][0]["text"]) == count  # type: ignore[index]
+
+
+def test_a_long_list_of_wrong_entries_is_refused_by_its_first(endpoint: Endpoint) -> None:
+    status, reply = post(endpoint, "/v1/completions", prompt=[1] * 100_000 + ["x"] * 10)
+    assert status == 400
+    assert reply["error"]["param"] == "prompt[100000]"  # type: ignore[index]
 
 
 # -- embeddings ------------------------------------------------------------------------------------
@@ -189,6 +207,18 @@ def test_a_body_that_is_no_json_is_said_so(endpoint: Endpoint) -> None:
     assert error["param"] is None
 
 
+def test_a_refused_request_has_read_no_prompt(endpoint: Endpoint) -> None:
+    def read() -> list[str]:
+        with endpoint.http() as http:
+            page = http.get("/metrics").text
+        return re.findall(r"^edgeinfer_(?:prompt_tokens|cache_lookups)_total.*$", page, re.MULTILINE)
+
+    before = read()
+    status, _ = post(endpoint, "/v1/completions", prompt="x" * 9000)
+    assert status == 400
+    assert before == read() != []
+
+
 def test_an_unknown_route_and_a_wrong_method_have_openais_error(endpoint: Endpoint) -> None:
     with endpoint.http() as http:
         for reply, status in ((http.get("/nowhere"), 404), (http.get("/v1/chat/completions"), 405)):
@@ -220,7 +250,7 @@ def test_the_documentation_names_the_errors_there_are(endpoint: Endpoint) -> Non
             assert "422" not in operation["responses"]
             assert "401" in operation["responses"]
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert {"400", "413", "429", "503"} <= set(chat)
+    assert {"400", "408", "413", "429", "500", "503", "504", "507"} <= set(chat)
     assert "text/event-stream" in chat["200"]["content"]
 
 
