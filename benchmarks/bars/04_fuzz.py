@@ -11,6 +11,7 @@ processes run.
 from __future__ import annotations
 
 import argparse
+import copy
 import http.client
 import json
 import os
@@ -155,8 +156,8 @@ def _mutate_value(value: Any, chance: random.Random) -> Any:
                 pending.append(each[index])
             places.append(lambda new, li=each: li.append(new))
     if not places:
-        return chance.choice(_STRANGE)
-    new: Any = chance.choice(_STRANGE)
+        return copy.deepcopy(chance.choice(_STRANGE))
+    new: Any = copy.deepcopy(chance.choice(_STRANGE))  # which later mutations may change
     if chance.random() < 0.1:
         for _ in range(chance.choice((3, 70, 300))):
             new = [new] if chance.random() < 0.5 else {"items": new}
