@@ -31,7 +31,7 @@ from benchmarks.model_files import own_cache_folder, starter
 from benchmarks.verdict import Bar, run_bar
 
 MOMENTS = 20
-FIRST_S, LAST_S = 0.1, 12.0
+FIRST_S, LAST_S = 0.1, 14.0
 GONE_S = 5.0  # in which the processes of a killed server must have ended
 PATIENCE_S = 60.0
 
@@ -39,10 +39,10 @@ _HELLO = [{"role": "user", "content": "Tell me about rivers."}]
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 30}}, "required": ["a"]}
 _FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA}}
 WORK: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("/v1/chat/completions", {"messages": _HELLO, "max_tokens": 300, "stream": True}),
-    ("/v1/chat/completions", {"messages": _HELLO, "max_tokens": 60, "response_format": _FORM}),
-    ("/v1/completions", {"prompt": "river stone winter " * 400, "max_tokens": 8}),
-    ("/v1/embeddings", {"input": "river stone winter " * 300}),
+    ("/v1/chat/completions", {"messages": _HELLO, "max_tokens": 60, "stream": True}),
+    ("/v1/chat/completions", {"messages": _HELLO, "max_tokens": 30, "response_format": _FORM}),
+    ("/v1/completions", {"prompt": "river stone winter " * 80, "max_tokens": 8}),
+    ("/v1/embeddings", {"input": "river stone winter " * 60}),
 )
 WORK_S = 6.0  # of asking; then nobody asks, and the rest of its life is spent idle
 
