@@ -84,11 +84,6 @@ class SamplingParams:
             or self.dry_multiplier != 0.0
         )
 
-    @property
-    def is_plain_argmax(self) -> bool:
-        """Greedy with nothing that moves a logit: the argmax of the row as it is."""
-        return self.is_greedy and not self.has_penalties and not self.logit_bias
-
 
 _OPTIONS = {"temperature": "temp"}
 

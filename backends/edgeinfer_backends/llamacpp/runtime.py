@@ -373,7 +373,12 @@ class LlamaCppRuntime(Runtime):
             raise StepFailed("the model produced numbers that are not finite; is the file damaged?")
         if mask is not None:
             return self._sample_masked(logits, sampler, mask)
-        if sampler.is_plain_argmax:
+        if sampler.is_argmax:  # a chain would copy the vocabulary
+            if sampler.moves(best):
+                logits = logits.copy()
+                for biased, bias in sampler.logit_bias:
+                    logits[biased] += bias
+                best = int(logits.argmax())
             return best
         # LLAMA_API llama_token llama_sampler_sample(struct llama_sampler * smpl,
         #     struct llama_context * ctx, int32_t idx): applies the chain, accepts the token

@@ -18,7 +18,11 @@ class LlamaSampler:
         for token, _ in params.logit_bias:
             if token >= vocab_size:
                 raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
-        self.is_plain_argmax = params.is_plain_argmax  # asked for every token
+        # asked for every token
+        self.is_argmax = params.is_greedy and not params.has_penalties
+        self.logit_bias = params.logit_bias
+        self._raised = any(bias > 0.0 for _, bias in params.logit_bias)
+        self._biased = frozenset(token for token, _ in params.logit_bias)
         self._seed = seed
         self._vocab_size = vocab_size
         self._lib = library()
@@ -37,6 +41,10 @@ class LlamaSampler:
         if not 0 <= token < self._vocab_size:
             raise ValueError(f"token {token} is outside the vocabulary of {self._vocab_size}")
         self._lib.llama_sampler_accept(self.chain, token)
+
+    def moves(self, best: int) -> bool:
+        """Whether a bias may make another token than `best` the likeliest one."""
+        return self._raised or best in self._biased
 
     def close(self) -> None:
         if self.chain is not None:
