@@ -21,6 +21,7 @@ from edgeinfer_models.tool_formats.tools import Tool
 
 _PLAIN = ("number", "integer", "boolean", "null")
 _OBJECT_KEYS = frozenset({"properties", "required", "additionalProperties"})
+_ENDS_NAME = frozenset(":{}\n")  # what a property's name cannot have, which stands without quotes
 _ARRAY_KEYS = frozenset({"items", "minItems", "maxItems"})
 
 
@@ -54,6 +55,8 @@ class GemmaSchema:
     def _body(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
         if "const" in schema or isinstance(schema.get("enum"), list):
             values = [schema["const"]] if "const" in schema else schema["enum"]
+            if not all(self._can_write(value) for value in values):
+                return self._any(path, "const" if "const" in schema else "enum")
             return " | ".join(self._constant(value) for value in values) or self._any(path, "enum")
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), list) and says_more(schema, frozenset({key})) is None:
@@ -76,7 +79,7 @@ class GemmaSchema:
             # Numbers and words are those of JSON, bounds included.
             one = {**schema, "type": kind}
             name = f"{self._names[json.dumps(schema, sort_keys=True)]}_{kind}"
-            return rules.add(name, f"%json {inner_json(one, self._root, strict=self._tool.strict)}")
+            return rules.add(name, f"%json {inner_json(one, self._tool, *path)}")
         if kind == "array":
             self._hold(says_more(schema, _ARRAY_KEYS), path)
             return self._array(schema, path)
@@ -113,6 +116,8 @@ class GemmaSchema:
         base = f"{self._prefix}_object_{self._num_objects}"
         self._num_objects += 1
         for index, each in enumerate(properties):
+            if not self._is_name(each.name):
+                raise unsupported(place(self._tool, *path, each.name), "properties")
             inner = self._value(each.schema, (*path, each.name))
             pair = rules.add(f"{base}_pair_{index}", f"{literal(each.name + ':')} {inner}")
             is_last = index == len(properties) - 1
@@ -128,6 +133,18 @@ class GemmaSchema:
     def _map(self, value: str) -> str:
         key = self._key()
         return f'"{{" ({key} ":" {value} ("," {key} ":" {value})*)? "}}"'
+
+    def _is_name(self, name: str) -> bool:
+        """Whether it is read as it is written: not cut, and nothing taken off its ends."""
+        plain = name.removeprefix(self._quote).removesuffix(self._quote).strip('" ')
+        return name == plain and 0 < len(name) <= 128 and not _ENDS_NAME & set(name)
+
+    def _can_write(self, value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(self._is_name(str(key)) and self._can_write(value[key]) for key in value)
+        if isinstance(value, list):
+            return all(self._can_write(each) for each in value)
+        return not isinstance(value, str) or self._quote not in value
 
     def _constant(self, value: Any) -> str:
         if isinstance(value, str):

@@ -92,9 +92,11 @@ def _value(rules: LarkText, schema: Any, tool: Tool, name: str, rule: str) -> st
     if isinstance(resolved, Mapping) and ("enum" in resolved or "const" in resolved):
         values = [resolved["const"]] if "const" in resolved else resolved["enum"]
         texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
+        if any(PARAMETER_END in text for text in texts):
+            raise unsupported(place(tool, name), "const" if "const" in resolved else "enum")
         return f"({' | '.join(literal(text) for text in texts)}) {end}"
     if "string" not in types_of(schema, root):
-        value = rules.add(f"value_{rule}", f"%json {inner_json(schema, root, strict=tool.strict)}")
+        value = rules.add(f"value_{rule}", f"%json {inner_json(schema, tool, name)}")
         return f"{value} {end}"
     if tool.strict and (more := _says_more(resolved, root)):
         raise unsupported(place(tool, name), more)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgeinfer.errors import ToolsInvalid
+from edgeinfer_models.tool_formats.held_schema import held_json
 from edgeinfer_models.tool_formats.tools import Tool
 
 ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
@@ -107,17 +107,31 @@ def says_more(schema: Any, than: frozenset[str] = frozenset()) -> str | None:
     return next((str(key) for key in keys if key not in _NOTES | than | {"type"}), None)
 
 
-def inner_json(schema: Any, root: Mapping[str, Any], *, strict: bool) -> str:
+def inner_json(schema: Any, tool: Tool, *path: str) -> str:
     """The schema of a part of a tool's parameters as a document of its own, for `%json`."""
-    document = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    root = tool.parameters
+    document = {key: root[key] for key in ("$schema", "$defs", "definitions") if key in root}
     document |= schema if isinstance(schema, Mapping) else {}
-    document["x-guidance"] = {
-        "whitespace_flexible": False,
-        "item_separator": ", ?",
-        "key_separator": ": ?",
-        "lenient": not strict,
-    }
-    return json.dumps(document)
+    where = place(tool, *path)
+    own = _without_foreign_references(document, tool, where)
+    return held_json(own, where, strict=tool.strict, check=tool.check)
+
+
+def _is_defined(reference: Any) -> bool:
+    return str(reference).startswith(("#/$defs/", "#/definitions/"))
+
+
+def _without_foreign_references(part: Any, tool: Tool, where: str) -> Any:
+    """A reference to anywhere but the definitions would lead elsewhere in a document of its own."""
+    if isinstance(part, list):
+        return [_without_foreign_references(each, tool, where) for each in part]
+    if not isinstance(part, Mapping):
+        return part
+    if isinstance(part.get("$ref"), str) and not _is_defined(part["$ref"]):
+        if tool.strict:
+            raise unsupported(where, "$ref")
+        return {}
+    return {key: _without_foreign_references(value, tool, where) for key, value in part.items()}
 
 
 def unsupported(where: str, keyword: str) -> ToolsInvalid:
