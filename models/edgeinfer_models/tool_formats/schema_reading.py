@@ -14,7 +14,8 @@ ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array"
 _MAX_REFERENCES = 16
 _NOTES = frozenset({
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
-    "$defs", "definitions", "$schema", "$id", "x-guidance", "strict",
+    "$defs", "definitions", "$schema", "$id", "$anchor", "strict", "example", "discriminator",
+    "propertyOrdering", "contentMediaType", "contentEncoding",
 })  # fmt: skip
 _COMPOSED = ("$ref", "anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "dependentSchemas")
 
@@ -104,7 +105,11 @@ def type_name(value: Any) -> str:
 def says_more(schema: Any, than: frozenset[str] = frozenset()) -> str | None:
     """A keyword of the schema beside notes, `type` and `than`, if there is one."""
     keys = schema.keys() if isinstance(schema, Mapping) else ()
-    return next((str(key) for key in keys if key not in _NOTES | than | {"type"}), None)
+    return next((str(key) for key in keys if _says(key, than)), None)
+
+
+def _says(keyword: Any, than: frozenset[str]) -> bool:
+    return keyword not in _NOTES | than | {"type"} and not str(keyword).startswith("x-")
 
 
 def inner_json(schema: Any, tool: Tool, *path: str) -> str:
