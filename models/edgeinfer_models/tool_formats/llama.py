@@ -37,7 +37,8 @@ class Llama(ToolFormat):
         bare = bare_call(rules)
         tagged = rules.up_to("tagged", "LEAD", TAG)
         return CallRules(
-            forced=f"{opening} {call}",
+            # In pieces as JSON has them: beside a reply, a longer one would lead past what JSON may be.
+            forced=" ".join(map(literal, ("{", '"name"', ":", " ", '"'))) + f" {call}",
             led=(f"{bare} {call}", f"{tagged} {opening} {call}"),
             following=f'WS (";" WS)? {opening} {call}',
         )
