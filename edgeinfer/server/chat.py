@@ -9,7 +9,6 @@ from typing import Any
 
 from edgeinfer.client import NO_STOP_STRINGS, Ended, Event, Message, Queued, Request, RunStats, Text
 from edgeinfer.constraint import Constraint, as_lark, checked_schema
-from edgeinfer.constraint.schema_text import MAX_BYTES
 from edgeinfer.server.choice import Choice
 from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError, invalid
@@ -22,7 +21,6 @@ from edgeinfer_models.tool_formats import Tool, ToolChoice, parse_tool_choice, p
 # A template's own variables, which a request may not replace.
 _RESERVED = {"messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt"}
 _MOST_VARIABLE_CHARACTERS = 16_384
-_MOST_GRAMMAR_BYTES = MAX_BYTES - 1024  # a thought may come before it, which takes some
 
 
 class ChatJob:
@@ -128,16 +126,7 @@ def _constraint_of(
     if wanted is not None and tools:
         reply = as_lark(wanted).removeprefix("start:").strip()
     calls = dialect.grammar(tools, choice, parallel=parallel, reply=reply)
-    if calls is None:
-        return wanted
-    size = len(calls.encode("utf-8", "replace"))
-    if size > _MOST_GRAMMAR_BYTES:
-        raise invalid(
-            f"tools: the form of their calls takes {size:,} bytes; at most {_MOST_GRAMMAR_BYTES:,}"
-            " are allowed; send fewer tools, or smaller schemas",
-            "tools",
-        )
-    return Constraint("lark", calls)
+    return wanted if calls is None else Constraint("lark", calls)
 
 
 def format_of(found: ResponseFormat | None) -> Constraint | None:

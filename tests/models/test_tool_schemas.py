@@ -177,7 +177,35 @@ def test_null_for_what_is_left_out_is_nothing() -> None:
     assert grammar("hermes", tool.parameters).takes(written("hermes", {}))
 
 
+def test_definitions_that_nothing_refers_to_are_not_repeated() -> None:
+    definitions = {f"d{number}": TEXT for number in range(200)}
+    numbers = {f"n{number}": {"type": "integer", "minimum": number} for number in range(500)}
+    for family in FORMATS:
+        lark = FORMATS[family].grammar(
+            rich({**of(**numbers), "$defs": definitions}, strict=True), REQUIRED
+        )
+        assert lark is not None
+        assert lark.count("d199") <= 1
+
+
+def test_a_grammar_has_a_limit_while_it_is_made() -> None:
+    definitions = {f"d{n}": {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(300)}
+    lists = {f"n{n}": {"type": "array", "items": {"$ref": "#/$defs/d0"}} for n in range(300)}
+    parameters = {**of(**lists), "$defs": {**definitions, "d300": TEXT}}
+    with pytest.raises(ToolsInvalid, match=r"tools: .* bytes"):
+        FORMATS["qwen_coder"].grammar(rich(parameters, strict=False), REQUIRED)
+
+
+@pytest.mark.parametrize("family", ["functiongemma", "gemma4"])
+def test_a_long_chain_of_references_ends(family: str) -> None:
+    chain = {f"d{n}": of(a={"$ref": f"#/$defs/d{n + 1}"}) for n in range(400)}
+    parameters = {**of(a={"$ref": "#/$defs/d0"}), "$defs": {**chain, "d400": TEXT}}
+    grammar(family, parameters, strict=False)
+    with pytest.raises(ToolsInvalid, match=r"'\$ref'"):
+        grammar(family, parameters)
+
+
 def test_all_schemas_together_have_a_limit() -> None:
-    half = {"type": "object", "enum": [0] * 30_000}
-    with pytest.raises(ToolsInvalid, match="more than 50,000 parts in all"):
+    half = {"type": "object", "enum": [0] * 20_000}
+    with pytest.raises(ToolsInvalid, match="more than 30,000 parts in all"):
         parse_tools([openai_tool("a", half), openai_tool("b", half)])

@@ -223,8 +223,7 @@ def test_tools_that_are_too_much_together_are_called_that(serve: Serve) -> None:
     ]
     reply = serve("Hello").chat(tools=many)
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith("tools: ")
-    assert reply.json()["error"]["param"] == "tools"
+    assert reply.json()["error"]["message"].startswith("tools: the form of their calls takes more")
 
 
 def test_schemas_of_tools_are_checked(serve: Serve) -> None:

@@ -17,7 +17,7 @@ from edgeinfer_models.tool_formats.schema_reading import (
     types_of,
     unsupported,
 )
-from edgeinfer_models.tool_formats.tools import Tool
+from edgeinfer_models.tool_formats.tools import MAX_SCHEMA_DEPTH, Tool
 
 _PLAIN = ("number", "integer", "boolean", "null")
 _OBJECT_KEYS = frozenset({"properties", "required", "additionalProperties"})
@@ -36,6 +36,7 @@ class GemmaSchema:
         self._prefix = prefix
         self._root = tool.parameters
         self._num_objects = 0
+        self._depth = 0
         self._names: dict[str, str] = {}  # schema, as text -> its rule: also what ends a recursion
 
     def arguments(self) -> str:
@@ -48,8 +49,12 @@ class GemmaSchema:
             return self._any(path, "any value")
         key = json.dumps(schema, sort_keys=True)
         if key not in self._names:
+            if self._depth == MAX_SCHEMA_DEPTH:  # of references: the text is not nested deeper
+                return self._any(path, "$ref")
             self._names[key] = f"{self._prefix}_{len(self._names)}"
+            self._depth += 1
             self._rules.add(self._names[key], self._body(schema, path))
+            self._depth -= 1
         return self._names[key]
 
     def _body(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:

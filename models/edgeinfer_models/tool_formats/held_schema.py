@@ -16,8 +16,8 @@ SchemaCheck = Callable[[object, str], dict[str, Any]]
 
 # As models write JSON in calls. Without a bound on blanks a small model writes pages of them.
 _WRITTEN = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_MAX_CHECKS = 10  # of one schema
-_CHECKS_BY_PLACE = 6  # then what cannot be held is left out wherever it stands
+_MAX_CHECKS = 8  # of one schema
+_CHECKS_BY_PLACE = 4  # then what cannot be held is left out wherever it stands
 _PLACE = re.compile(r"the schema keyword '.*?' at (#\S*) (?:is not supported|must be)")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _VALUES = ("enum", "const", "default", "examples", "example")

@@ -115,11 +115,19 @@ def _says(keyword: Any, than: frozenset[str]) -> bool:
 def inner_json(schema: Any, tool: Tool, *path: str) -> str:
     """The schema of a part of a tool's parameters as a document of its own, for `%json`."""
     root = tool.parameters
-    document = {key: root[key] for key in ("$schema", "$defs", "definitions") if key in root}
-    document |= schema if isinstance(schema, Mapping) else {}
+    own = dict(schema) if isinstance(schema, Mapping) else {}
+    wanted = ("$schema", "$defs", "definitions") if _refers(own) else ("$schema",)
+    document = {**{key: root[key] for key in wanted if key in root}, **own}
     where = place(tool, *path)
     own = _without_foreign_references(document, tool, where)
     return held_json(own, where, strict=tool.strict, check=tool.check)
+
+
+def _refers(schema: Any) -> bool:
+    inner = (
+        schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ()
+    )
+    return (isinstance(schema, Mapping) and "$ref" in schema) or any(map(_refers, inner))
 
 
 def _is_defined(reference: Any) -> bool:
@@ -146,4 +154,5 @@ def unsupported(where: str, keyword: str) -> ToolsInvalid:
 
 
 def place(tool: Tool, *path: str) -> str:
-    return f"tool '{tool.name}'" + "".join(f", parameter '{each}'" for each in path)
+    """For a message: the innermost names of a long path."""
+    return f"tool '{tool.name}'" + "".join(f", parameter '{each[:80]}'" for each in path[-4:])

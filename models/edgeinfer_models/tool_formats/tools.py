@@ -12,7 +12,7 @@ from edgeinfer_models.tool_formats.held_schema import SchemaCheck, held_json
 
 MAX_TOOLS = 128
 MAX_SCHEMA_DEPTH = 64
-MAX_SCHEMA_PARTS = 50_000  # of all tools together: it bounds the work of checking them
+MAX_SCHEMA_PARTS = 30_000  # of all tools together: it bounds the work of checking them
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
