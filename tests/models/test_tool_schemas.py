@@ -139,6 +139,36 @@ def test_a_union_told_apart_by_a_constant_is_held(family: str, strict: bool) -> 
     assert not held.takes(written(family, {"pet": {"kind": "dog", "lives": 9}}))
 
 
+@pytest.mark.parametrize("family", FORMATS)
+def test_listed_values_are_of_the_declared_type(family: str) -> None:
+    held = grammar(family, of(a={"type": "string", "enum": ["x", 7]}, b={"type": "integer", "const": 3}))
+    assert held.takes(written(family, {"a": "x", "b": 3}))
+    assert not held.takes(written(family, {"a": 7, "b": 3}))
+
+
+@pytest.mark.parametrize("family", ["qwen_coder", "functiongemma", "gemma4"])
+def test_what_stands_beside_a_reference_or_a_list_of_values_is_not_lost(family: str) -> None:
+    short = {"$ref": "#/$defs/text", "maxLength": 3}
+    noted = {"$ref": "#/$defs/text", "description": "a text", "default": ""}
+    definitions = {"$defs": {"text": TEXT}}
+    with pytest.raises(ToolsInvalid, match="'maxLength'"):
+        grammar(family, {**of(a=short), **definitions})
+    with pytest.raises(ToolsInvalid, match="'maxLength'"):
+        grammar(family, of(a={"enum": ["x", "long"], "maxLength": 3}))
+    for parameters, strict in (
+        ({**of(a=noted), **definitions}, True),
+        ({**of(a=short), **definitions}, False),
+    ):
+        assert grammar(family, parameters, strict=strict).takes(written(family, {"a": "x"}))
+
+
+@pytest.mark.parametrize("family", ["functiongemma", "gemma4"])
+def test_counts_of_items_may_be_written_with_a_point(family: str) -> None:
+    held = grammar(family, of(a={"type": "array", "items": TEXT, "minItems": 2.0, "maxItems": 3.0}))
+    for count, fits in ((1, False), (2, True), (3, True), (4, False)):
+        assert held.takes(written(family, {"a": ["x"] * count})) == fits
+
+
 @pytest.mark.parametrize("family", ["functiongemma", "gemma4"])
 @pytest.mark.parametrize("name", ["a:b", "a{", "a}", "a\nb", '"a"', " a", "", "a" * 200])
 def test_gemma_refuses_names_that_its_notation_cannot_tell(family: str, name: str) -> None:

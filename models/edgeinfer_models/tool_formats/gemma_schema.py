@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from edgeinfer_models.lark_text import ANY_TEXT, LarkText, literal
 from edgeinfer_models.tool_formats.schema_reading import (
     Property,
     inner_json,
+    listed_values,
+    lost_beside_reference,
     place,
     resolve,
     says_more,
@@ -44,6 +47,7 @@ class GemmaSchema:
         return self._value({"type": "object", **self._root}, ())
 
     def _value(self, schema: Any, path: tuple[str, ...]) -> str:
+        self._hold(lost_beside_reference(schema, self._root), path)
         schema = resolve(schema, self._root)
         if not isinstance(schema, Mapping):
             return self._any(path, "any value")
@@ -58,13 +62,16 @@ class GemmaSchema:
         return self._names[key]
 
     def _body(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            values = [schema["const"]] if "const" in schema else schema["enum"]
+        values = listed_values(schema)
+        if values is not None:
+            listed = "const" if "const" in schema else "enum"
+            self._hold(says_more(schema, frozenset({listed})), path)
             if not all(self._can_write(value) for value in values):
-                return self._any(path, "const" if "const" in schema else "enum")
+                return self._any(path, listed)
             return " | ".join(self._constant(value) for value in values) or self._any(path, "enum")
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), list) and says_more(schema, frozenset({key})) is None:
+                self._hold("type" if "type" in schema else None, path)
                 return " | ".join(self._value(each, path) for each in schema[key]) or self._any(
                     path, key
                 )
@@ -94,11 +101,10 @@ class GemmaSchema:
 
     def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
         item = self._value(schema.get("items", True), path)
-        least, most = schema.get("minItems", 0), schema.get("maxItems", "")
-        least = least if isinstance(least, int) and least > 0 else 0
+        least, most = _count(schema.get("minItems")) or 0, _count(schema.get("maxItems"))
         if most == 0:
             return '"[]"'
-        upper = most - 1 if isinstance(most, int) else ""
+        upper = "" if most is None else max(most, least) - 1
         some = f'"[" {item} ("," {item}){{{max(least - 1, 0)},{upper}}} "]"'
         return some if least else f'{some} | "[]"'
 
@@ -195,3 +201,7 @@ class GemmaSchema:
         """A keyword this notation is not held to: an error for a strict tool."""
         if keyword and self._tool.strict:
             raise unsupported(place(self._tool, *path), keyword)
+
+
+def _count(value: Any) -> int | None:
+    return max(int(value), 0) if isinstance(value, int | float) and math.isfinite(value) else None

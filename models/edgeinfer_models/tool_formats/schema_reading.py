@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from edgeinfer.errors import ToolsInvalid
 from edgeinfer_models.tool_formats.held_schema import held_json
@@ -62,15 +63,50 @@ def resolve(schema: Any, root: Mapping[str, Any]) -> Any:
     for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             return schema
-        target: Any = root
-        reference = schema["$ref"]
-        if not reference.startswith("#"):
-            return True
-        for part in reference[1:].split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            target = target.get(key) if isinstance(target, Mapping) else None
-        schema = True if target is None else target
+        schema = _target(schema["$ref"], root)
     return True
+
+
+def _target(reference: Any, root: Mapping[str, Any]) -> Any:
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return True
+    target: Any = root
+    for part in unquote(reference[1:]).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        target = target.get(key) if isinstance(target, Mapping) else None
+    return True if target is None else target
+
+
+def lost_beside_reference(schema: Any, root: Mapping[str, Any]) -> str | None:
+    """A keyword beside a `$ref`, which `resolve` leaves behind, if there is one."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping) or "$ref" not in schema:
+            return None
+        keys = [key for key in schema if key == "type" or _says(key, frozenset({"$ref"}))]
+        if keys:
+            return str(keys[0])
+        schema = _target(schema["$ref"], root)
+    return "$ref"
+
+
+def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The values of `enum` or `const` that have the schema's type; None without either."""
+    if "const" in schema:
+        values = [schema["const"]]
+    elif isinstance(schema.get("enum"), list):
+        values = schema["enum"]
+    else:
+        return None
+    declared = schema.get("type", list(ALL_TYPES))
+    types = {declared} if isinstance(declared, str) else {str(each) for each in declared or ()}
+    return [value for value in values if types & _types_of_value(value)] or values
+
+
+def _types_of_value(value: Any) -> set[str]:
+    kind = type_name(value)
+    if kind == "integer" or (kind == "number" and float(value).is_integer()):
+        return {"integer", "number"}
+    return {kind}
 
 
 def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
