@@ -15,7 +15,7 @@ Outcome = Literal["finished", "failed", "cancelled"]
 Overflow = Literal["stream", "stop", "error"]
 CacheTier = Literal["none", "live", "memory", "disk"]
 
-NO_STOP_STRINGS = "stop strings do not end an answer that is JSON: they may be in its text"
+NO_STOP_STRINGS = "stop strings do not end an answer that is JSON or a call: they may be in its text"
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 

@@ -43,16 +43,18 @@ Serve = Callable[..., Endpoint]
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """serve(answer, template, opening): an endpoint whose model answers so where a prompt ends with
-    `opening`, and has that chat template."""
+    """serve(answer, template, opening, stop): an endpoint whose model answers so where a prompt ends
+    with `opening`, and has that chat template with its stop strings."""
     with ExitStack() as stack:
 
-        def start(answer: str, template: str | None = None, opening: str = "") -> Endpoint:
+        def start(
+            answer: str, template: str | None = None, opening: str = "", stop: tuple[str, ...] = ()
+        ) -> Endpoint:
             def plan(options: OpenOptions, *more: Any) -> OpenPlan:
                 found = plan_open(options, *more)
                 if template is None:
                     return found
-                return replace(found, template=TemplateSource(template, "model", "", ""))
+                return replace(found, template=TemplateSource(template, "model", "", "", stop=stop))
 
             monkeypatch.setattr(local, "plan_open", plan)
             script = {"answers": {"*": answer}, "prompt_end": f"<|im_start|>assistant\n{opening}"}
@@ -204,6 +206,18 @@ def test_a_stop_string_ends_free_text_and_no_call_beside_tools(serve: Serve, sto
         for answer in (call, "I look: " + call if call is CALL else call):
             reply = message(serve(answer), tools=[WEATHER], stop=[stop])
             assert arguments(reply) == {"city": "Paris", "days": 2}
+
+
+def test_a_templates_own_stop_strings_cut_no_more_than_others(serve: Serve) -> None:
+    template = THINKS.replace("OPEN", "").replace("{# </think> #}", "")
+    endpoint = serve(CALL, template, stop=("Paris", "<tool_call>\n{"))
+    for choice in ("auto", "required"):
+        reply = message(endpoint, tools=[WEATHER], tool_choice=choice)
+        assert arguments(reply) == {"city": "Paris", "days": 2}
+    reply = message(serve(ADA, template, stop=("Ada",)), tools=[WEATHER], response_format=PERSON)
+    assert json.loads(reply["content"]) == {"name": "Ada", "age": 36}
+    endpoint = serve("To Paris, then", template, stop=("Paris",))
+    assert message(endpoint, tools=[WEATHER])["content"] == "To "
 
 
 def test_an_older_form_of_tools_is_refused_by_name(serve: Serve) -> None:
