@@ -236,7 +236,7 @@ class LocalClient(Client):
             options=dict(request.template_options),
         )
         stop = request.stop
-        if self._plan and not (request.constraint is not None and request.constraint.is_json):
+        if self._plan and request.takes_stops:
             stop = (*stop, *self._plan.template.stop)  # which may be part of a text in JSON
         constraint = request.constraint
         if constraint is not None and request.may_think:

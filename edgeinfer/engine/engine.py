@@ -147,7 +147,7 @@ class Engine:
         """
         seed = request.sampling.seed
         warnings = []
-        if request.constraint is not None and request.constraint.is_json and request.stop:
+        if request.stop and not request.takes_stops:
             request = replace(request, stop=())
             warnings.append(NO_STOP_STRINGS)
         running = RunningRequest(
@@ -155,7 +155,7 @@ class Engine:
             request,
             tuple(tokens),
             secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
-            Detokenizer(request.stop),
+            Detokenizer(request.stop, request.stop_before),
             matcher=matcher,
             warnings=warnings,
         )

@@ -15,7 +15,7 @@ Outcome = Literal["finished", "failed", "cancelled"]
 Overflow = Literal["stream", "stop", "error"]
 CacheTier = Literal["none", "live", "memory", "disk"]
 
-NO_STOP_STRINGS = "stop strings do not end an answer that is JSON: they may be in its text"
+NO_STOP_STRINGS = "stop strings do not end an answer that is JSON or a call: they may be in its text"
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 
@@ -38,8 +38,8 @@ class Request:
 
     messages: rendered by the model's chat template. prompt: taken as text, no template.
     constraint: what the answer has to be. An answer that ends with `stop` is that, whole; `length` may
-    cut it off. JSON has no stop strings: they may be in its text, so they do not end it, and a warning
-    says so.
+    cut it off. JSON and calls have no stop strings: they may be in its text, so they do not end it, and
+    a warning says so. stop_before: texts after which that is so: before them the answer is free text.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -48,6 +48,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None  # None: to the end of the context
     stop: tuple[str, ...] = ()
+    stop_before: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token's and the n likeliest others'
     overflow: Overflow = "error"
@@ -58,6 +59,12 @@ class Request:
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
     visible_tokens: tuple[int, ...] = ()  # control tokens whose text belongs to the answer
     asked_by: str = ""  # who asks: of several who wait, those who have least running come first
+
+    @property
+    def takes_stops(self) -> bool:
+        """Whether a stop string may end the answer, at least in its beginning."""
+        held = self.constraint is not None and self.constraint.kind != "regex"
+        return not held or bool(self.stop_before)
 
     def __post_init__(self) -> None:
         given = [x is not None for x in (self.messages, self.prompt, self.tokens)]

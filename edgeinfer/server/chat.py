@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeinfer.client import NO_STOP_STRINGS, Ended, Event, Message, Queued, Request, RunStats, Text
-from edgeinfer.constraint import Constraint, as_lark
+from edgeinfer.constraint import Constraint, as_lark, checked_schema
 from edgeinfer.server.choice import Choice
 from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError, invalid
@@ -36,16 +36,16 @@ class ChatJob:
         tools, choice = _tools_of(body)
         callable_tools = tools if choice.kind != "none" else []
         messages, shown = dialect.tools.prepare(_messages_of(body), tools, choice)
-        constraint = _constraint_of(body, dialect, callable_tools, choice)
-        stop = body.stop_strings
-        if stop and constraint is not None and constraint.is_json:
-            stop = ()
-            self._warnings.append(NO_STOP_STRINGS)
+        parallel = body.parallel_tool_calls is not False
+        wanted = format_of(body.response_format)
+        constraint = _constraint_of(wanted, dialect, callable_tools, choice, parallel)
+        is_free = bool(callable_tools) and choice.kind == "auto" and wanted is None
         request = Request(
             messages=tuple(_message(each) for each in messages),
             sampling=body.sampling(service.sampling),
             max_tokens=body.longest or service.max_tokens,
-            stop=stop,
+            stop=body.stop_strings,
+            stop_before=dialect.tools.begins_call(callable_tools) if is_free else (),
             ignore_eos=body.ignore_eos,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             tools=tuple(shown or ()),
@@ -55,6 +55,9 @@ class ChatJob:
             visible_tokens=dialect.visible_tokens(bool(callable_tools)),
             asked_by=asked_by,
         )
+        if request.stop and not request.takes_stops:
+            request = replace(request, stop=())
+            self._warnings.append(NO_STOP_STRINGS)
         count = body.n or 1
         self.requests = [
             replace(request, sampling=request.sampling.for_choice(index)) for index in range(count)
@@ -63,7 +66,7 @@ class ChatJob:
             Choice(
                 index,
                 dialect.reasoning,
-                dialect.tools.parser(callable_tools) if callable_tools else None,
+                dialect.parser(callable_tools, parallel=parallel, beside_reply=wanted is not None),
             )
             for index in range(count)
         ]
@@ -102,21 +105,27 @@ def _message(value: Mapping[str, Any]) -> Message:
 
 
 def _tools_of(body: ChatRequest) -> tuple[list[Tool], ToolChoice]:
-    tools = list(parse_tools(body.tools or []))
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if (body.model_extra or {}).get(name) is not None:
+            raise invalid(f"{name}: this older form is not taken; use {instead}", name)
+    tools = list(parse_tools(body.tools or [], checked_schema))
     wanted = body.tool_choice
     value = wanted.model_dump() if isinstance(wanted, NamedTool) else wanted
     return tools, parse_tool_choice(value, tools)
 
 
 def _constraint_of(
-    body: ChatRequest, dialect: Dialect, tools: Sequence[Tool], choice: ToolChoice
+    wanted: Constraint | None,
+    dialect: Dialect,
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    parallel: bool,
 ) -> Constraint | None:
     """What holds the answer: the form of calls, the reply's format, or that it is one of both."""
-    wanted = format_of(body.response_format)
     reply = None
     if wanted is not None and tools:
         reply = as_lark(wanted).removeprefix("start:").strip()
-    calls = dialect.grammar(tools, choice, parallel=body.parallel_tool_calls is not False, reply=reply)
+    calls = dialect.grammar(tools, choice, parallel=parallel, reply=reply)
     return wanted if calls is None else Constraint("lark", calls)
 
 

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from edgeinfer.client import LocalClient
 from edgeinfer_models.chat_template import TemplateSource
 from edgeinfer_models.reasoning import ReasoningTags, reasoning_tags
-from edgeinfer_models.tool_formats import Tool, ToolChoice, ToolFormat, choose_tool_format
+from edgeinfer_models.tool_formats import (
+    Tool,
+    ToolChoice,
+    ToolFormat,
+    ToolParser,
+    choose_tool_format,
+)
 
 
 class Dialect:
@@ -25,6 +31,10 @@ class Dialect:
         if not tools:
             return None
         return self.tools.grammar(tools, choice, parallel=parallel, tokens=self._ids, reply=reply)
+
+    def parser(self, tools: Sequence[Tool], *, parallel: bool, beside_reply: bool) -> ToolParser | None:
+        """See `ToolFormat.parser`; None without tools."""
+        return self.tools.parser(tools, parallel=parallel, beside_reply=beside_reply) if tools else None
 
     def visible_tokens(self, calls: bool) -> tuple[int, ...]:
         """Control tokens whose text the answer's readers need."""

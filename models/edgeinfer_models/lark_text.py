@@ -13,6 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from edgeinfer.errors import ToolsInvalid
+
+# What `edgeinfer.constraint` takes, less what a thought before the answer takes.
+MAX_GRAMMAR_BYTES = 255 * 1024
 ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -26,12 +30,20 @@ class LarkText:
     def __init__(self, tokens: Mapping[str, int]) -> None:
         self._tokens = tokens
         self._rules: dict[str, str] = {}
+        self._num_bytes = 0
 
     def add(self, name: str, body: str) -> str:
-        """Defines a rule (lowercase) or terminal (uppercase) and returns its name."""
+        """Defines a rule (lowercase) or terminal (uppercase) and returns its name. ToolsInvalid if they
+        are too much together: tools are the only part whose size others set."""
         plain_name = name.partition("[")[0]  # without options such as [lazy]
         assert plain_name not in self._rules, f"{plain_name} is defined twice"  # noqa: S101
         self._rules[plain_name] = f"{name}: {body}"
+        self._num_bytes += len(self._rules[plain_name].encode("utf-8", "replace")) + 1
+        if self._num_bytes > MAX_GRAMMAR_BYTES:
+            raise ToolsInvalid(
+                f"tools: the form of their calls takes more than {MAX_GRAMMAR_BYTES:,} bytes; send fewer"
+                " tools, or smaller schemas"
+            )
         return plain_name
 
     def has(self, name: str) -> bool:

@@ -67,3 +67,26 @@ def test_any_cutting_into_tokens_gives_the_text_up_to_the_stop(
         offset += size
     pieces.append(data[offset:])
     assert fed(pieces, (stop,))[0] == text.split(stop)[0]
+
+
+@given(
+    text=st.text(st.sampled_from("ab<tool>, "), max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=4),
+    stop=st.sampled_from([("o",), ("tool",), (",", "b"), ("<tool>x",), ("l>,",)]),
+)
+def test_no_stop_string_cuts_what_has_begun(text: str, cuts: list[int], stop: tuple[str, ...]) -> None:
+    begun = text.find("<tool>")
+    met = min((at for each in stop if (at := text.find(each)) >= 0), default=-1)
+    whole = met < 0 or 0 <= begun <= met
+    at = sorted(cut for cut in cuts if cut <= len(text))
+    pieces = [text[a:b].encode() for a, b in zip([0, *at], [*at, len(text)], strict=True)]
+    detokenizer = Detokenizer(stop, ("<tool>",))
+    found = "".join(detokenizer.feed(piece) for piece in pieces) + detokenizer.finish()
+    assert found == (text if whole else text[:met])
+    assert (detokenizer.stopped_by is None) == whole
+
+
+def test_text_flows_again_once_nothing_stops_it() -> None:
+    detokenizer = Detokenizer((",",), ("{",))
+    assert detokenizer.feed(b"a {") == "a {"
+    assert detokenizer.feed(b"b, c") == "b, c"

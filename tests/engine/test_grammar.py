@@ -578,7 +578,7 @@ def test_logprobs_are_of_the_tokens_taken() -> None:
 
 def test_a_constraint_goes_over_the_wire() -> None:
     for constraint in (None, Constraint("json_object"), Constraint("regex", "ä+")):
-        request = Request(prompt="x", constraint=constraint)
+        request = Request(prompt="x", stop=("b",), stop_before=("{",), constraint=constraint)
         wire = json.loads(json.dumps(request_to_wire(request)))
         assert request_from_wire(wire) == request
 

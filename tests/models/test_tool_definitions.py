@@ -54,7 +54,7 @@ def test_tools_are_read_from_openais_form() -> None:
         ([openai_tool("a", {"properties": []})], "'properties' must be an object"),
         ([openai_tool("a", {"required": "x"})], "'required' must be a list"),
         ([openai_tool("a", deep(40))], "nested deeper than 64"),
-        ([openai_tool("a", {"enum": [0] * 60_000})], "more than 50,000 parts"),
+        ([openai_tool("a", {"enum": [0] * 60_000})], "more than 30,000 parts"),
         ([openai_tool("a", strict="yes")], "strict of 'a' must be"),
         ([{"type": "function", "function": {"name": "a", "description": 1}}], "must be text"),
     ],

@@ -43,16 +43,18 @@ Serve = Callable[..., Endpoint]
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """serve(answer, template, opening): an endpoint whose model answers so where a prompt ends with
-    `opening`, and has that chat template."""
+    """serve(answer, template, opening, stop): an endpoint whose model answers so where a prompt ends
+    with `opening`, and has that chat template with its stop strings."""
     with ExitStack() as stack:
 
-        def start(answer: str, template: str | None = None, opening: str = "") -> Endpoint:
+        def start(
+            answer: str, template: str | None = None, opening: str = "", stop: tuple[str, ...] = ()
+        ) -> Endpoint:
             def plan(options: OpenOptions, *more: Any) -> OpenPlan:
                 found = plan_open(options, *more)
                 if template is None:
                     return found
-                return replace(found, template=TemplateSource(template, "model", "", ""))
+                return replace(found, template=TemplateSource(template, "model", "", "", stop=stop))
 
             monkeypatch.setattr(local, "plan_open", plan)
             script = {"answers": {"*": answer}, "prompt_end": f"<|im_start|>assistant\n{opening}"}
@@ -181,6 +183,79 @@ def test_stop_strings_do_not_cut_a_format(serve: Serve) -> None:
         reply = endpoint.chat(response_format=PERSON, stop=["Ada"]).json()
         assert json.loads(reply["choices"][0]["message"]["content"]) == {"name": "Ada", "age": 36}
         assert any("stop strings" in warning for warning in reply["edgeinfer"]["warnings"])
+
+
+def test_stop_strings_cut_neither_a_format_beside_tools_nor_a_forced_call(serve: Serve) -> None:
+    for template in (None, THINKS.replace("OPEN", "")):
+        endpoint = serve(ADA, template)
+        reply = endpoint.chat(response_format=PERSON, tools=[WEATHER], stop=["Ada", ","]).json()
+        assert json.loads(reply["choices"][0]["message"]["content"]) == {"name": "Ada", "age": 36}
+        assert any("stop strings" in warning for warning in reply["edgeinfer"]["warnings"])
+    endpoint = serve(CALL)
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        reply = endpoint.chat(tools=[WEATHER], tool_choice=choice, stop=[","]).json()
+        assert arguments(reply["choices"][0]["message"]) == {"city": "Paris", "days": 2}
+        assert any("stop strings" in warning for warning in reply["edgeinfer"]["warnings"])
+
+
+@pytest.mark.parametrize("stop", [",", "_", "Paris", "}", "name"])
+def test_a_stop_string_ends_free_text_and_no_call_beside_tools(serve: Serve, stop: str) -> None:
+    reply = message(serve(f"One {stop} two"), tools=[WEATHER], stop=[stop])
+    assert reply["content"] == "One "
+    for call in (CALL, CALL[len("<tool_call>\n") : -len("\n</tool_call>")]):
+        for answer in (call, "I look: " + call if call is CALL else call):
+            reply = message(serve(answer), tools=[WEATHER], stop=[stop])
+            assert arguments(reply) == {"city": "Paris", "days": 2}
+
+
+def test_a_templates_own_stop_strings_cut_no_more_than_others(serve: Serve) -> None:
+    template = THINKS.replace("OPEN", "").replace("{# </think> #}", "")
+    endpoint = serve(CALL, template, stop=("Paris", "<tool_call>\n{"))
+    for choice in ("auto", "required"):
+        reply = message(endpoint, tools=[WEATHER], tool_choice=choice)
+        assert arguments(reply) == {"city": "Paris", "days": 2}
+    reply = message(serve(ADA, template, stop=("Ada",)), tools=[WEATHER], response_format=PERSON)
+    assert json.loads(reply["content"]) == {"name": "Ada", "age": 36}
+    endpoint = serve("To Paris, then", template, stop=("Paris",))
+    assert message(endpoint, tools=[WEATHER])["content"] == "To "
+
+
+def test_an_older_form_of_tools_is_refused_by_name(serve: Serve) -> None:
+    endpoint = serve("Hello")
+    for name, value in (("functions", [WEATHER["function"]]), ("function_call", "auto")):
+        reply = endpoint.chat(**{name: value})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == name
+        assert "use tool" in reply.json()["error"]["message"]
+
+
+def test_tools_that_are_too_much_together_are_called_that(serve: Serve) -> None:
+    names = {f"property_{number}_{'x' * 500}": {"type": "string"} for number in range(300)}
+    many = [
+        {"type": "function", "function": {"name": f"t{n}", "parameters": {"properties": names}}}
+        for n in range(3)
+    ]
+    reply = serve("Hello").chat(tools=many)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("tools: the form of their calls takes more")
+
+
+def test_schemas_of_tools_are_checked(serve: Serve) -> None:
+    endpoint = serve("Hello")
+    email = {"type": "string", "pattern": "^(?!\\.)[a-z.]+@[a-z]+$"}  # as zod writes it
+    function = {"name": "post", "parameters": {"type": "object", "properties": {"to": email}}}
+    assert message(endpoint, tools=[{"type": "function", "function": function}])["content"] == "Hello"
+    reply = endpoint.chat(tools=[{"type": "function", "function": {**function, "strict": True}}])
+    assert reply.status_code == 400
+    assert "tool 'post': the schema keyword 'pattern' at " in reply.json()["error"]["message"]
+
+
+def test_two_calls_without_tags_are_not_taken_for_one_that_was_held(serve: Serve) -> None:
+    call = '{"name": "get_weather", "arguments": {"city": 5}}'
+    reply = message(serve(call + call), tools=[WEATHER], parallel_tool_calls=False, max_tokens=150)
+    for found in reply.get("tool_calls", []):
+        assert isinstance(json.loads(found["function"]["arguments"])["city"], str)
+    assert len(reply.get("tool_calls", [])) <= 1
 
 
 def test_what_is_asked_reaches_the_answer(serve: Serve) -> None:

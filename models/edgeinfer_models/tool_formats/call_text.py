@@ -57,11 +57,12 @@ class NotACall(Exception):
 class CallText:
     """The text as a reader sees it, and where it reports what it found."""
 
-    def __init__(self, names: Collection[str], new_id: Callable[[], str]) -> None:
+    def __init__(self, names: Collection[str], new_id: Callable[[], str], most: int = MAX_CALLS) -> None:
         self.names = names
         self.num_calls = 0
         self.is_open = False  # a call has started and not ended
         self._new_id = new_id
+        self._most = min(most, MAX_CALLS)
         self._text = ""
         self._at = 0
         self._mark = 0
@@ -100,7 +101,7 @@ class CallText:
 
     def start(self, name: str, id: str = "") -> None:
         """A call to one of the tools begins here for good; what led to it is no text."""
-        if name not in self.names or self.num_calls >= MAX_CALLS:
+        if name not in self.names or self.num_calls >= self._most:
             raise NotACall
         self._out.append(CallStarted(self.num_calls, id or self._new_id(), name))
         self.is_open = True

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from edgeinfer_models.lark_text import ANY_TEXT, LarkText, literal
+from edgeinfer_models.tool_formats.call_text import MAX_CALLS
 from edgeinfer_models.tool_formats.conversation import Message, normalised
 from edgeinfer_models.tool_formats.parsing import Reader, ToolParser
 from edgeinfer_models.tool_formats.tools import Tool, ToolChoice
@@ -59,11 +60,13 @@ class ToolFormat(ABC):
         tokens: see `lark_text`; the ids of those of `visible_tokens` that are control tokens.
         reply: for auto, an expression that an answer without a call is held to: then the answer is that
         or calls, and no free text.
-        Raises ToolsInvalid for a strict tool whose schema this form cannot hold.
+        Raises ToolsInvalid or ConstraintInvalid for a strict tool whose schema cannot be held.
         """
         allowed = choice.select(tools)
         if not allowed:
             return None
+        for tool in allowed:
+            tool.verify()
         rules = LarkText(tokens or {})
         rules.add("WS", r"/[ \t\r\n]{0,32}/")
         rules.add("LEAD", ANY_TEXT)
@@ -77,9 +80,18 @@ class ToolFormat(ABC):
             return rules.grammar(f"reply | {calls.forced}{more}{calls.end}")
         return rules.grammar(" | ".join(["LEAD", *(f"{each}{more}{calls.end}" for each in calls.led)]))
 
-    def parser(self, tools: Sequence[Tool]) -> ToolParser:
-        """For one answer; `tools` are those that may be called."""
-        return ToolParser(self._reader(tools), {tool.name for tool in tools})
+    def parser(
+        self, tools: Sequence[Tool], *, parallel: bool = True, beside_reply: bool = False
+    ) -> ToolParser:
+        """For one answer; `tools` are those that may be called. beside_reply: of a grammar with `reply`,
+        whose text may have marks in it."""
+        reader = self._reader_beside_reply(tools) if beside_reply else self._reader(tools)
+        return ToolParser(reader, {tool.name for tool in tools}, MAX_CALLS if parallel else 1)
+
+    def begins_call(self, tools: Sequence[Tool]) -> tuple[str, ...]:
+        """Texts without one of which there is no call in an answer."""
+        reader = self._reader(tools)
+        return (*reader.triggers, *reader.starts)
 
     @abstractmethod
     def _calls(self, rules: LarkText, tools: Sequence[Tool], several: bool) -> CallRules:
@@ -87,6 +99,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def _reader(self, tools: Sequence[Tool]) -> Reader: ...
+
+    def _reader_beside_reply(self, tools: Sequence[Tool]) -> Reader:
+        """Of what a forced call may be."""
+        return replace(self._reader(tools), starts=(), is_edge_only=True)
 
 
 def json_call(rules: LarkText, tools: Sequence[Tool], *, key: str, end: str = "}") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from edgeinfer_models.lark_text import ANY_TEXT, LarkText, literal
 from edgeinfer_models.tool_formats.schema_reading import (
     Property,
     inner_json,
+    listed_values,
+    lost_beside_reference,
     place,
     resolve,
     says_more,
@@ -17,10 +20,11 @@ from edgeinfer_models.tool_formats.schema_reading import (
     types_of,
     unsupported,
 )
-from edgeinfer_models.tool_formats.tools import Tool
+from edgeinfer_models.tool_formats.tools import MAX_SCHEMA_DEPTH, Tool
 
 _PLAIN = ("number", "integer", "boolean", "null")
 _OBJECT_KEYS = frozenset({"properties", "required", "additionalProperties"})
+_ENDS_NAME = frozenset(":{}\n")  # what a property's name cannot have, which stands without quotes
 _ARRAY_KEYS = frozenset({"items", "minItems", "maxItems"})
 
 
@@ -35,6 +39,7 @@ class GemmaSchema:
         self._prefix = prefix
         self._root = tool.parameters
         self._num_objects = 0
+        self._depth = 0
         self._names: dict[str, str] = {}  # schema, as text -> its rule: also what ends a recursion
 
     def arguments(self) -> str:
@@ -42,21 +47,31 @@ class GemmaSchema:
         return self._value({"type": "object", **self._root}, ())
 
     def _value(self, schema: Any, path: tuple[str, ...]) -> str:
+        self._hold(lost_beside_reference(schema, self._root), path)
         schema = resolve(schema, self._root)
         if not isinstance(schema, Mapping):
             return self._any(path, "any value")
         key = json.dumps(schema, sort_keys=True)
         if key not in self._names:
+            if self._depth == MAX_SCHEMA_DEPTH:  # of references: the text is not nested deeper
+                return self._any(path, "$ref")
             self._names[key] = f"{self._prefix}_{len(self._names)}"
+            self._depth += 1
             self._rules.add(self._names[key], self._body(schema, path))
+            self._depth -= 1
         return self._names[key]
 
     def _body(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            values = [schema["const"]] if "const" in schema else schema["enum"]
+        values = listed_values(schema)
+        if values is not None:
+            listed = "const" if "const" in schema else "enum"
+            self._hold(says_more(schema, frozenset({listed})), path)
+            if not all(self._can_write(value) for value in values):
+                return self._any(path, listed)
             return " | ".join(self._constant(value) for value in values) or self._any(path, "enum")
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), list) and says_more(schema, frozenset({key})) is None:
+                self._hold("type" if "type" in schema else None, path)
                 return " | ".join(self._value(each, path) for each in schema[key]) or self._any(
                     path, key
                 )
@@ -76,7 +91,7 @@ class GemmaSchema:
             # Numbers and words are those of JSON, bounds included.
             one = {**schema, "type": kind}
             name = f"{self._names[json.dumps(schema, sort_keys=True)]}_{kind}"
-            return rules.add(name, f"%json {inner_json(one, self._root, strict=self._tool.strict)}")
+            return rules.add(name, f"%json {inner_json(one, self._tool, *path)}")
         if kind == "array":
             self._hold(says_more(schema, _ARRAY_KEYS), path)
             return self._array(schema, path)
@@ -86,11 +101,10 @@ class GemmaSchema:
 
     def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> str:
         item = self._value(schema.get("items", True), path)
-        least, most = schema.get("minItems", 0), schema.get("maxItems", "")
-        least = least if isinstance(least, int) and least > 0 else 0
+        least, most = _count(schema.get("minItems")) or 0, _count(schema.get("maxItems"))
         if most == 0:
             return '"[]"'
-        upper = most - 1 if isinstance(most, int) else ""
+        upper = "" if most is None else max(most, least) - 1
         some = f'"[" {item} ("," {item}){{{max(least - 1, 0)},{upper}}} "]"'
         return some if least else f'{some} | "[]"'
 
@@ -113,6 +127,8 @@ class GemmaSchema:
         base = f"{self._prefix}_object_{self._num_objects}"
         self._num_objects += 1
         for index, each in enumerate(properties):
+            if not self._is_name(each.name):
+                raise unsupported(place(self._tool, *path, each.name), "properties")
             inner = self._value(each.schema, (*path, each.name))
             pair = rules.add(f"{base}_pair_{index}", f"{literal(each.name + ':')} {inner}")
             is_last = index == len(properties) - 1
@@ -128,6 +144,18 @@ class GemmaSchema:
     def _map(self, value: str) -> str:
         key = self._key()
         return f'"{{" ({key} ":" {value} ("," {key} ":" {value})*)? "}}"'
+
+    def _is_name(self, name: str) -> bool:
+        """Whether it is read as it is written: not cut, and nothing taken off its ends."""
+        plain = name.removeprefix(self._quote).removesuffix(self._quote).strip('" ')
+        return name == plain and 0 < len(name) <= 128 and not _ENDS_NAME & set(name)
+
+    def _can_write(self, value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(self._is_name(str(key)) and self._can_write(value[key]) for key in value)
+        if isinstance(value, list):
+            return all(self._can_write(each) for each in value)
+        return not isinstance(value, str) or self._quote not in value
 
     def _constant(self, value: Any) -> str:
         if isinstance(value, str):
@@ -173,3 +201,7 @@ class GemmaSchema:
         """A keyword this notation is not held to: an error for a strict tool."""
         if keyword and self._tool.strict:
             raise unsupported(place(self._tool, *path), keyword)
+
+
+def _count(value: Any) -> int | None:
+    return max(int(value), 0) if isinstance(value, int | float) and math.isfinite(value) else None

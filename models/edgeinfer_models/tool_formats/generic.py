@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from edgeinfer_models.lark_text import LarkText
 from edgeinfer_models.tool_formats.conversation import Message, normalised
+from edgeinfer_models.tool_formats.format import CallRules
 from edgeinfer_models.tool_formats.hermes import CLOSE, OPEN, Hermes, read_tagged
+from edgeinfer_models.tool_formats.json_calls import bare_call, read_bare_calls
 from edgeinfer_models.tool_formats.parsing import Reader
 from edgeinfer_models.tool_formats.tools import Tool, ToolChoice
 
@@ -56,9 +61,14 @@ class Generic(Hermes):
         else:
             prepared.insert(0, {"role": "system" if self._takes_system else "user", "content": text})
 
-    def _reader(self, tools: Sequence[Tool]) -> Reader:
+    def _calls(self, rules: LarkText, tools: Sequence[Tool], several: bool) -> CallRules:
         # Untrained in any form, these models often leave the tags out.
-        return Reader(read_tagged, (OPEN,), starts=("{",))
+        rule = super()._calls(rules, tools, several)
+        return replace(rule, led=(*rule.led, f"{bare_call(rules)} call"))
+
+    def _reader(self, tools: Sequence[Tool]) -> Reader:
+        bare = partial(read_bare_calls, "arguments")
+        return Reader(read_tagged, (OPEN,), starts=("{",), read_start=bare)
 
 
 def _about(tools: Sequence[Tool]) -> str:

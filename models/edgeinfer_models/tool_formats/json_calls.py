@@ -6,10 +6,23 @@ import json
 from collections.abc import Generator
 
 from edgeinfer_models.json_text import is_json
+from edgeinfer_models.lark_text import LarkText
 from edgeinfer_models.tool_formats.call_text import CallText, NotACall, Reading
 
 _ARGUMENTS = ("arguments", "parameters")
 _MAX_KEY = 64
+OPENING = '{"name": "'
+
+
+def bare_call(rules: LarkText) -> str:
+    """Adds the rule for what begins a call that nothing stands around, up to its name's quote.
+
+    An answer may be other JSON: only what begins like this is held to be a call, and read as one.
+    """
+    blank = r"[ \t\r\n]*"
+    kind = rf'("type"{blank}:{blank}"function"{blank},{blank})?'
+    rules.add("BARE", rf'/{blank}\{{{blank}{kind}"name"{blank}:{blank}"/')
+    return rules.add("bare[lazy]", "BARE")
 
 
 def read_json_calls(source: CallText) -> Reading:
@@ -77,6 +90,44 @@ def read_json_call(source: CallText, *, is_inner: bool = False) -> Reading:
         raise NotACall
     if not is_done:
         _give_at_once(source, name, ["{}"])
+    source.mark()
+
+
+def read_bare_calls(key: str, source: CallText) -> Reading:
+    """Calls that nothing stands around, with white space or `;` between them. Only as the grammar of a
+    free answer holds them: any other JSON is the answer's text."""
+    while True:
+        yield from _bare_call(source, key)
+        yield from source.blanks()
+        if (yield from source.optional(";")):
+            yield from source.blanks()
+        elif (yield from source.peek()) != "{":
+            source.reread()
+            return
+
+
+def _bare_call(source: CallText, key: str) -> Reading:
+    yield from source.literal("{")
+    yield from source.blanks()
+    if (yield from source.one_of(('"type"', '"name"'))) == '"type"':
+        for part in (":", '"function"', ",", '"name"'):
+            yield from source.blanks()
+            yield from source.literal(part)
+    yield from source.blanks()
+    yield from source.literal(":")
+    yield from source.blanks()
+    name = yield from _short_string(source)
+    if name not in source.names:
+        raise NotACall
+    for part in (",", f'"{key}"', ":"):
+        yield from source.blanks()
+        yield from source.literal(part)
+    yield from source.blanks()
+    if (yield from source.peek()) != "{":
+        raise NotACall
+    yield from _arguments(source, name)
+    yield from source.blanks()
+    yield from source.literal("}")
     source.mark()
 
 

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from edgeinfer_models.lark_text import LarkText, literal
 from edgeinfer_models.tool_formats.conversation import Message, one_call_each
 from edgeinfer_models.tool_formats.format import CallRules, ToolFormat, json_call
-from edgeinfer_models.tool_formats.json_calls import read_json_calls
+from edgeinfer_models.tool_formats.json_calls import OPENING, bare_call, read_bare_calls
 from edgeinfer_models.tool_formats.parsing import Reader
 from edgeinfer_models.tool_formats.tools import Tool, ToolChoice
 
@@ -31,21 +33,22 @@ class Llama(ToolFormat):
 
     def _calls(self, rules: LarkText, tools: Sequence[Tool], several: bool) -> CallRules:
         call = json_call(rules, tools, key="parameters")
-        opening = literal('{"name": "')
-        # An answer may be other JSON: only what begins like this is held to be a call.
-        blank = r"[ \t\r\n]{0,8}"
-        kind = rf'("type"{blank}:{blank}"function"{blank},{blank})?'
-        rules.add("BARE", rf'/{blank}\{{{blank}{kind}"name"{blank}:{blank}"/')
-        bare = rules.add("bare[lazy]", "BARE")
+        opening = literal(OPENING)
+        bare = bare_call(rules)
         tagged = rules.up_to("tagged", "LEAD", TAG)
         return CallRules(
-            forced=f"{opening} {call}",
+            # In pieces as JSON has them: beside a reply, a longer one would lead past what JSON may be.
+            forced=" ".join(map(literal, ("{", '"name"', ":", " ", '"'))) + f" {call}",
             led=(f"{bare} {call}", f"{tagged} {opening} {call}"),
             following=f'WS (";" WS)? {opening} {call}',
         )
 
     def _reader(self, tools: Sequence[Tool]) -> Reader:
-        return Reader(read_json_calls, (TAG,), starts=("{",))
+        return Reader(partial(read_bare_calls, "parameters"), (TAG,), starts=("{",))
+
+    def _reader_beside_reply(self, tools: Sequence[Tool]) -> Reader:
+        # A reply has no blanks outside its strings, and a call must have this one.
+        return replace(self._reader(tools), starts=(OPENING,), is_edge_only=True)
 
 
 def match(template: str) -> ToolFormat | None:

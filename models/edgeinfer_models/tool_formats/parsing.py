@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 
-from edgeinfer_models.tool_formats.call_text import CallText, Delta, NotACall, Reading
+from edgeinfer_models.tool_formats.call_text import MAX_CALLS, CallText, Delta, NotACall, Reading
 
 _ALPHANUMERICS = string.ascii_letters + string.digits
 
@@ -23,13 +23,16 @@ def call_id() -> str:
 @dataclass(frozen=True)
 class Reader:
     """read: reads on after a trigger, one call or several. triggers: begin a call anywhere in an answer.
-    starts: do so only at its beginning or right after a call, and are left for `read` to take."""
+    starts: do so only at its beginning or right after a call, and are left to take for `read_start`, or
+    `read` where there is none. is_edge_only: so do triggers, elsewhere they are text."""
 
     read: Callable[[CallText], Reading]
     triggers: tuple[str, ...]
     starts: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()  # right after a call these are no text
     new_id: Callable[[], str] = field(default=call_id)
+    read_start: Callable[[CallText], Reading] | None = None
+    is_edge_only: bool = False
 
 
 class ToolParser:
@@ -42,9 +45,10 @@ class ToolParser:
     whether its arguments are complete, and what follows a broken one is text.
     """
 
-    def __init__(self, reader: Reader, names: Collection[str]) -> None:
+    def __init__(self, reader: Reader, names: Collection[str], most: int = MAX_CALLS) -> None:
+        """most: calls after these are text."""
         self._reader = reader
-        self._source = CallText(frozenset(names), reader.new_id)
+        self._source = CallText(frozenset(names), reader.new_id, most)
         self._machine = self._run()
         next(self._machine)
 
@@ -79,10 +83,11 @@ class ToolParser:
                 is_edge = yield from self._at_edge()
                 continue
             try:
-                yield from source.until(reader.triggers, self._give_text)
+                triggers = () if reader.is_edge_only else reader.triggers
+                yield from source.until(triggers, self._give_text)
             except NotACall:
                 return
-            is_edge = yield from self._calls()
+            is_edge = yield from self._calls(reader.read)
 
     def _at_edge(self) -> Generator[None, None, bool]:
         """Whether there was a call, so that the text goes on right after one."""
@@ -92,20 +97,22 @@ class ToolParser:
                 return True
         for trigger in reader.triggers:
             if (yield from source.optional(trigger)):
-                return (yield from self._calls())
+                return (yield from self._calls(reader.read))
         for start in reader.starts:
             if (yield from source.optional(start)):
-                return (yield from self._calls(put_back=len(start)))
+                return (yield from self._calls(reader.read_start or reader.read, put_back=len(start)))
         source.text(source.since_mark())
         return False
 
-    def _calls(self, put_back: int = 0) -> Generator[None, None, bool]:
+    def _calls(
+        self, read: Callable[[CallText], Reading], put_back: int = 0
+    ) -> Generator[None, None, bool]:
         """After a trigger. Whether a call was read last; if there was none the trigger was text."""
         source = self._source
         led_here, num_before = source.since_mark(), source.num_calls
         source.skip(-put_back)
         try:
-            yield from self._reader.read(source)
+            yield from read(source)
         except NotACall:
             was_open = source.is_open
             source.give_up()

@@ -29,6 +29,8 @@ from edgeinfer_models.tool_formats.format import CallRules, ToolFormat
 from edgeinfer_models.tool_formats.parsing import Reader
 from edgeinfer_models.tool_formats.schema_reading import (
     inner_json,
+    listed_values,
+    lost_beside_reference,
     place,
     resolve,
     says_more,
@@ -89,14 +91,21 @@ def _value(rules: LarkText, schema: Any, tool: Tool, name: str, rule: str) -> st
     root = tool.parameters
     resolved = resolve(schema, root)
     end = literal(f"\n{PARAMETER_END}\n")
-    if isinstance(resolved, Mapping) and ("enum" in resolved or "const" in resolved):
-        values = [resolved["const"]] if "const" in resolved else resolved["enum"]
+    lost = lost_beside_reference(schema, root)
+    values = listed_values(resolved) if isinstance(resolved, Mapping) else None
+    if values is not None:
+        listed = "const" if "const" in resolved else "enum"
+        lost = lost or says_more(resolved, frozenset({listed}))
+        if tool.strict and lost:
+            raise unsupported(place(tool, name), lost)
         texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
+        if any(PARAMETER_END in text for text in texts):
+            raise unsupported(place(tool, name), listed)
         return f"({' | '.join(literal(text) for text in texts)}) {end}"
     if "string" not in types_of(schema, root):
-        value = rules.add(f"value_{rule}", f"%json {inner_json(schema, root, strict=tool.strict)}")
+        value = rules.add(f"value_{rule}", f"%json {inner_json(schema, tool, name)}")
         return f"{value} {end}"
-    if tool.strict and (more := _says_more(resolved, root)):
+    if tool.strict and (more := lost or _says_more(resolved, root)):
         raise unsupported(place(tool, name), more)
     return f'{_free_text(rules)} "\\n"'
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgeinfer.errors import ToolsInvalid
+from edgeinfer_models.tool_formats.held_schema import SchemaCheck, held_json
 
 MAX_TOOLS = 128
 MAX_SCHEMA_DEPTH = 64
-MAX_SCHEMA_PARTS = 50_000
+MAX_SCHEMA_PARTS = 30_000  # of all tools together: it bounds the work of checking them
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Tool:
     """parameters: a JSON schema whose type is object. strict: keywords the grammar cannot hold are an
-    error; otherwise they are left out of it."""
+    error; otherwise they are left out of it. check: see `held_schema`."""
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     strict: bool = False
+    check: SchemaCheck | None = field(default=None, repr=False, compare=False)
 
     def for_template(self) -> dict[str, Any]:
         """The form chat templates expect."""
@@ -35,8 +36,13 @@ class Tool:
         }
         return {"type": "function", "function": function}
 
+    def verify(self) -> None:
+        """Raises ConstraintInvalid for a strict schema that no form of calls can be held to."""
+        if self.strict:
+            self.arguments_json()
+
     def arguments_json(self) -> str:
-        """What a grammar's `%json` holds the arguments to: never more than `parameters` allows.
+        """What a grammar's `%json` holds the arguments to. Raises ConstraintInvalid if strict.
 
         Properties that the schema does not name are left out where it says nothing about them: a small
         model fills them with anything.
@@ -50,14 +56,7 @@ class Tool:
         required = schema.get("required", ())
         if not open_ended & schema.keys() and set(required) <= set(schema.get("properties", {})):
             schema["additionalProperties"] = False
-        # Our own, whatever the client wrote there: it governs how the schema is read.
-        schema["x-guidance"] = {
-            "whitespace_flexible": False,
-            "item_separator": ", ?",
-            "key_separator": ": ?",
-            "lenient": not self.strict,
-        }
-        return json.dumps(schema)
+        return held_json(schema, f"tool '{self.name}'", strict=self.strict, check=self.check)
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,29 @@ class ToolChoice:
         return tuple(tool for tool in tools if self.kind != "named" or tool.name == self.name)
 
 
-def parse_tools(value: Any) -> tuple[Tool, ...]:
-    """OpenAI's `tools`. Raises ToolsInvalid."""
+def parse_tools(value: Any, check: SchemaCheck | None = None) -> tuple[Tool, ...]:
+    """OpenAI's `tools`. check: for their schemas, when a grammar is made. Raises ToolsInvalid."""
     if value is None:
         return ()
     if not isinstance(value, list):
         raise ToolsInvalid("tools: must be a list")
     if len(value) > MAX_TOOLS:
         raise ToolsInvalid(f"tools: {len(value):,} tools where at most {MAX_TOOLS} are allowed")
-    tools = tuple(_parse_tool(item, f"tools[{index}]") for index, item in enumerate(value))
+    tools = []
+    num_parts = 0
+    for index, item in enumerate(value):
+        tools.append(_parse_tool(item, f"tools[{index}]", check))
+        num_parts += _num_parts(
+            tools[-1].parameters, f"tools[{index}]: the parameters of '{tools[-1].name}'"
+        )
+        if num_parts > MAX_SCHEMA_PARTS:
+            raise ToolsInvalid(f"tools: their schemas have more than {MAX_SCHEMA_PARTS:,} parts in all")
     names: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.name in names:
             raise ToolsInvalid(f"tools[{index}]: the name '{tool.name}' is taken; names must differ")
         names.add(tool.name)
-    return tools
+    return tuple(tools)
 
 
 def parse_tool_choice(value: Any, tools: Sequence[Tool]) -> ToolChoice:
@@ -113,7 +120,7 @@ def parse_tool_choice(value: Any, tools: Sequence[Tool]) -> ToolChoice:
     return ToolChoice("named", name)
 
 
-def _parse_tool(value: Any, where: str) -> Tool:
+def _parse_tool(value: Any, where: str, check: SchemaCheck | None) -> Tool:
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(function, dict):
         raise ToolsInvalid(f'{where}: must be {{"type": "function", "function": {{…}}}}')
@@ -128,8 +135,14 @@ def _parse_tool(value: Any, where: str) -> Tool:
     parameters = function.get("parameters")
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
+    if isinstance(parameters, dict):  # clients send null for what they leave out
+        parameters = {
+            key: found
+            for key, found in parameters.items()
+            if found is not None or key not in ("properties", "required")
+        }
     _check_parameters(parameters, f"{where}: the parameters of '{name}'")
-    return Tool(name, description or "", parameters, bool(strict))
+    return Tool(name, description or "", parameters, bool(strict), check)
 
 
 def _check_parameters(schema: Any, where: str) -> None:
@@ -142,10 +155,9 @@ def _check_parameters(schema: Any, where: str) -> None:
         raise ToolsInvalid(f"{where}: 'properties' must be an object")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise ToolsInvalid(f"{where}: 'required' must be a list of names")
-    _check_size(schema, where)
 
 
-def _check_size(schema: Any, where: str) -> None:
+def _num_parts(schema: Any, where: str) -> int:
     # Not recursive: this is what bounds the depth for everything that is.
     pending, num_parts = [(schema, 1)], 0
     while pending:
@@ -154,6 +166,7 @@ def _check_size(schema: Any, where: str) -> None:
         if depth > MAX_SCHEMA_DEPTH:
             raise ToolsInvalid(f"{where} are nested deeper than {MAX_SCHEMA_DEPTH} levels")
         if num_parts > MAX_SCHEMA_PARTS:
-            raise ToolsInvalid(f"{where} have more than {MAX_SCHEMA_PARTS:,} parts")
+            return num_parts
         inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         pending.extend((each, depth + 1) for each in inner)
+    return num_parts
