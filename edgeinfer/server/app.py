@@ -96,7 +96,11 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         """An answer to a conversation, whole or as server-sent events."""
         service.check_model(body.model)
-        job = ChatJob(service, body, asked_by(http, body.user))
+        who = asked_by(http, body.user)
+        if body.tools:  # whose schemas may take the better part of a second to check
+            job = await run_in_threadpool(ChatJob, service, body, who)
+        else:
+            job = ChatJob(service, body, who)
         answers = service.start("chat", job.requests)
         return await _reply(http, service, answers, job, bool(body.stream))
 

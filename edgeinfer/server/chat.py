@@ -43,7 +43,7 @@ class ChatJob:
         request = Request(
             messages=tuple(_message(each) for each in messages),
             sampling=body.sampling(service.sampling),
-            max_tokens=body.longest or service.max_tokens,
+            max_tokens=body.most_tokens(service.max_tokens),
             stop=body.stop_strings,
             stop_before=dialect.tools.begins_call(callable_tools) if is_free else (),
             ignore_eos=body.ignore_eos,

@@ -308,10 +308,6 @@ class ChatRequest(_Generate):
     def asked_length(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def longest(self) -> int | None:
-        return self.most_tokens(None)
-
 
 def message_of(index: int, message: ChatMessage) -> Message:
     """In the Hugging Face convention. Raises ApiError for what is no text."""
