@@ -507,7 +507,7 @@ def test_a_request_with_a_wrong_constraint_fails_at_once(
 
 def test_without_token_masks_nothing_is_answered() -> None:
     ended = answer(held(PERSON), Script(without=("token_masks",))).end(1)
-    assert (ended.outcome, ended.error_type) == ("failed", "RequestFailed")
+    assert (ended.outcome, ended.error_type) == ("failed", "BackendUnavailable")
     assert "no token masks" in ended.error
 
 
