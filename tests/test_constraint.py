@@ -392,6 +392,68 @@ def test_patterns_that_cost_too_much_are_refused(text: str) -> None:
     assert refusal({"type": "string", "pattern": text}).keyword == "pattern"
 
 
+def bombs() -> dict[str, Any]:
+    """26 patterns that meet for one string, in every way that makes them meet."""
+    each = [{"type": "string", "pattern": f"[a-z]{{{i}}}x"} for i in range(1, 27)]
+    nested: dict[str, Any] = each[0]
+    beside: dict[str, Any] = each[0]
+    for one in each[1:]:
+        nested = {"allOf": [nested, one]}
+    for one in each[1:20]:
+        beside = {**one, "type": ["string", "null"], "anyOf": [beside, {"type": "null"}]}
+    row = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", **one} for i, one in enumerate(each)}
+    return {
+        "allOf": {"allOf": each},
+        "nested allOf": nested,
+        "anyOf": beside,
+        "$ref": {"$ref": "#/$defs/d0", "$defs": {**row, "d26": {"type": "string"}}},
+        "properties": {"allOf": [{"properties": {"a": one}} for one in each]},
+        "additionalProperties": {
+            "allOf": [{"type": "object", "additionalProperties": one} for one in each]
+        },
+        "patternProperties": {"allOf": [{"patternProperties": {"^a": one}} for one in each]},
+        "items": {"allOf": [{"items": one} for one in each]},
+        "prefixItems": {"allOf": [{"prefixItems": [one]} for one in each]},
+        "alternatives": {
+            "allOf": [
+                {"anyOf": [{"type": "string", "pattern": f"a{i}{{{j}}}"} for i in range(18)]}
+                for j in (1, 2)
+            ]
+        },
+    }
+
+
+@pytest.mark.parametrize("way", bombs())
+def test_patterns_that_meet_in_one_place_are_counted(way: str) -> None:
+    assert refusal(bombs()[way]).keyword == "pattern"
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"patternProperties": {f"^a{i}_": {} for i in range(51)}}, "patternProperties"),
+        ({"items": {"anyOf": [{"patternProperties": {f"^{i}_{j}": {} for i in range(9)}}
+                              for j in range(9)]}}, "patternProperties"),
+        ({"anyOf": [{"type": "string", "pattern": f"a{i}"} for i in range(501)]}, "pattern"),
+        ({"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": 99 - i}]} for i in range(20)]}, "allOf"),
+        ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "minLength": i} for i in range(450)}
+          | {"d450": {}}, "$ref": "#/$defs/d0"}, "$ref"),
+    ],
+)  # fmt: skip
+def test_what_would_multiply_is_refused_by_name(schema: object, keyword: str) -> None:
+    assert refusal(schema).keyword == keyword
+
+
+def test_patterns_apart_from_one_another_are_no_bomb() -> None:
+    word = {"type": "string", "pattern": "^[a-z]+$"}
+    mixins = [
+        {"properties": {f"{name}{i}": {**word, "maxLength": 9 + i} for i in range(9)}} for name in "abcd"
+    ]
+    check({"allOf": mixins})
+    check({"anyOf": [{**word, "maxLength": i + 1} for i in range(40)]})
+    check({"allOf": [word, {"pattern": "a"}, {"pattern": "z$"}]})
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
+from edgeinfer.constraint.conjunctions import TooMuch, check_conjunctions
 from edgeinfer.constraint.disjoint import are_disjoint
 from edgeinfer.constraint.finite import has_finite_answer
 from edgeinfer.constraint.keywords import (
@@ -90,6 +91,10 @@ class _Reader:
                 f"{self._name}: no finite JSON fits the schema: it is false, or requires a property that"
                 " refers back to its own object"
             )
+        try:
+            check_conjunctions(root, definitions)
+        except TooMuch as error:
+            self._unsupported(error.keyword, "#", f"{error}")
         document: dict[str, Any] = dict(root) if isinstance(root, dict) else {}
         if definitions:
             document["$defs"] = definitions
