@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeinfer.constraint import Constraint, check_constraint, checked_schema
-from edgeinfer.constraint.json_schema import MAX_MULTIPLE, MAX_REFERENCES
+from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, MAX_PROPERTIES
+from edgeinfer.constraint.disjoint import Disjointness
+from edgeinfer.constraint.json_schema import MAX_REFERENCES
 from edgeinfer.constraint.keywords import ANNOTATIONS, ENFORCED, REFUSED
 from edgeinfer.constraint.patterns import PatternRefused, portable_pattern
 from edgeinfer.constraint.schema_text import MAX_BYTES, MAX_CHOICES, MAX_DEPTH, MAX_VALUES
@@ -95,6 +97,8 @@ DICT = {"type": "object", "additionalProperties": {"type": "integer"}}
         ({"allOf": [{"minimum": 3}, {"maximum": 4}], "type": "integer"}, [3], [2, 5]),
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
+        ({"oneOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]},
+         ["2024-01-01", "2024-01-01T10:00:00Z"], ["x"]),
         ({"oneOf": [{"const": 1}, {"const": True}, {"enum": ["a"]}]}, [1, True, "a"], ["b"]),
         (TREE, [{"v": 1}, {"v": 1, "n": {"v": 2}}], [{}, {"v": 1, "n": {}}]),
         ({"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "integer"}}}, [1], ["x"]),
@@ -392,6 +396,36 @@ def test_patterns_that_cost_too_much_are_refused(text: str) -> None:
     assert refusal({"type": "string", "pattern": text}).keyword == "pattern"
 
 
+def branches(count: int) -> dict[str, Any]:
+    keys = {f"p{i}": {"type": "string"} for i in range(20)}
+    return {
+        f"b{i}": {"type": "object", "properties": {**keys, "z": {"const": i}}, "required": [*keys, "z"]}
+        for i in range(count)
+    }
+
+
+def test_branches_that_exclude_each_other_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    compare = Disjointness._compare
+
+    def counted(self: Disjointness, *arguments: Any) -> bool:
+        compared.append(arguments)
+        return compare(self, *arguments)
+
+    monkeypatch.setattr(Disjointness, "_compare", counted)
+    some = {"oneOf": [{"$ref": f"#/$defs/b{i}"} for i in range(30)]}
+    checked_schema({"$defs": branches(30), "properties": {f"a{i}": some for i in range(20)}}, "a")
+    assert len(compared) == 30 * 29 // 2
+
+
+def test_too_many_comparisons_are_not_made() -> None:
+    far = {
+        key: {**each, "properties": {**each["properties"], "z": {"items": {}}}}
+        for key, each in branches(150).items()
+    }
+    assert refusal({"$defs": far, "oneOf": [{"$ref": f"#/$defs/{key}"} for key in far]}).keyword == "oneOf"
+
+
 def bombs() -> dict[str, Any]:
     """26 patterns that meet for one string, in every way that makes them meet."""
     each = [{"type": "string", "pattern": f"[a-z]{{{i}}}x"} for i in range(1, 27)]
@@ -436,6 +470,13 @@ def test_patterns_that_meet_in_one_place_are_counted(way: str) -> None:
                               for j in range(9)]}}, "patternProperties"),
         ({"anyOf": [{"type": "string", "pattern": f"a{i}"} for i in range(501)]}, "pattern"),
         ({"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": 99 - i}]} for i in range(20)]}, "allOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": each} for each in (3989, 3967)]}, "multipleOf"),
+        ({"multipleOf": 3989, "type": "integer", "$ref": "#/$defs/a",
+          "$defs": {"a": {"multipleOf": 1.5, "type": "number"}}}, "multipleOf"),
+        ({"multipleOf": 3.4619140625}, "multipleOf"),
+        ({"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES + 1)}}, "properties"),
+        ({"allOf": [{"properties": {f"{name}{i}": {} for i in range(1000)}} for name in "ab"]},
+         "properties"),
         ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "minLength": i} for i in range(450)}
           | {"d450": {}}, "$ref": "#/$defs/d0"}, "$ref"),
     ],
@@ -452,6 +493,8 @@ def test_patterns_apart_from_one_another_are_no_bomb() -> None:
     check({"allOf": mixins})
     check({"anyOf": [{**word, "maxLength": i + 1} for i in range(40)]})
     check({"allOf": [word, {"pattern": "a"}, {"pattern": "z$"}]})
+    check({"allOf": [{"type": "integer", "multipleOf": each} for each in (4, 6)]})
+    check({"type": "integer", "multipleOf": MAX_MULTIPLE, "minimum": 10_001})
 
 
 @pytest.mark.parametrize(

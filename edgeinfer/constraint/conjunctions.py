@@ -1,15 +1,17 @@
-"""What combining schemas would cost llguidance, counted before it sees them.
+"""What a schema would cost llguidance, counted before it sees it, as its own limits do not bound that.
 
-It looks whether a string is left that fits all patterns which meet in one place, a product of automata
-whose size multiplies with each pattern and which no limit of its own bounds (1.9.1: 20 patterns take
-seconds and 257 MB). So what meets where is found here the way it combines schemas: alternatives are
+It looks whether a string is left that fits all patterns which meet in one place, in a product of their
+automata: with 1.9.1, 20 patterns take seconds and 257 MB. Two coprime `multipleOf` that meet end the
+process, out of memory. So what meets where is found here the way it combines schemas: alternatives are
 multiplied out, and properties of the same name meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from itertools import product
+from math import gcd, lcm
 from typing import Any
 
 from edgeinfer.constraint.keywords import APPLICATORS
@@ -17,8 +19,11 @@ from edgeinfer.constraint.keywords import APPLICATORS
 MAX_MEETING = 6  # patterns and formats for one string; 1 ms at 8, twice that for each more
 MAX_CHECKS = 300  # of strings that several are for
 MAX_COMBINATIONS = 100_000  # parts of alternatives multiplied out, in all
-MAX_PATTERNS = 500  # and formats, in all
+MAX_PATTERNS = 300  # different ones, and formats, in all
 MAX_PATTERN_PROPERTIES = 50  # in all: each is compared with each
+MAX_PROPERTIES = 1_500  # of one object; the sum of squares, as that is what they cost
+MAX_MULTIPLE = 4_000  # an automaton with that many states, and more with bounds
+_CHOICES_A_CHECK = 20  # listed values that cost as much as a pattern, when they meet one
 
 Schema = bool | dict[str, Any]
 _COMBINING = frozenset(APPLICATORS) - {"enum", "const"}
@@ -51,12 +56,14 @@ class _Counter:
         self._definitions = definitions
         self._visited: set[frozenset[int]] = set()
         self._combining = "allOf"  # of what is looked at now
-        self._patterns = self._pattern_properties = self._checks = self._combinations = 0
+        self._texts: set[str] = set()
+        self._pattern_properties = self._checks = self._combinations = self._squares = 0
 
     def count(self, schema: dict[str, Any]) -> None:
-        self._patterns += len(_texts_of(schema))
-        if self._patterns > MAX_PATTERNS:
-            raise TooMuch("pattern", f"there are more than {MAX_PATTERNS} patterns and formats")
+        self._texts.update(_texts_of(schema))
+        if len(self._texts) > MAX_PATTERNS:
+            raise TooMuch("pattern", f"there are more than {MAX_PATTERNS} different ones")
+        self._count_properties(len(schema.get("properties", ())))
         self._pattern_properties += len(schema.get("patternProperties", ()))
         if self._pattern_properties > MAX_PATTERN_PROPERTIES:
             raise TooMuch("patternProperties", f"at most {MAX_PATTERN_PROPERTIES} in the whole schema")
@@ -81,6 +88,10 @@ class _Counter:
             self._visited.add(key)
             for alternative in self._alternatives(meeting, frozenset()):
                 self._check(alternative)
+                if len(alternative) > 1:
+                    self._count_properties(
+                        len({key for schema in alternative for key in schema.get("properties", ())})
+                    )
                 for inside in _inside(alternative):
                     self._spend(len(alternative))
                     pending.append(inside)
@@ -94,11 +105,19 @@ class _Counter:
         texts = {text for schema in alternative for text in _texts_of(schema)}
         if len(texts) > MAX_MEETING:
             raise TooMuch("pattern", f"more than {MAX_MEETING} patterns and formats for one string")
-        listed = sum(1 for schema in alternative if "enum" in schema or "const" in schema)
-        if len(texts) + listed > 1 and texts:
-            self._checks += 1
+        listed = sum(len(schema.get("enum", ())) + ("const" in schema) for schema in alternative)
+        if texts and (len(texts) > 1 or listed):
+            self._checks += 1 + listed // _CHOICES_A_CHECK
         if self._checks > MAX_CHECKS:
             raise TooMuch("pattern", f"more than {MAX_CHECKS} strings that have several of them")
+        multiples = {schema["multipleOf"] for schema in alternative if "multipleOf" in schema}
+        if len(multiples) > 1 and _common_multiple(multiples) > MAX_MULTIPLE:
+            raise TooMuch("multipleOf", "what is a multiple of all that meet is too far apart")
+
+    def _count_properties(self, count: int) -> None:
+        self._squares += count**2
+        if self._squares > MAX_PROPERTIES**2:
+            raise TooMuch("properties", f"at most {MAX_PROPERTIES} in one object, fewer in several")
 
     def _alternatives(
         self, meeting: tuple[Schema, ...], on_the_way: frozenset[str]
@@ -123,6 +142,25 @@ class _Counter:
                 for chosen in branches:
                     self._spend(len(combination) + len(chosen) + 1)
                     yield [schema, *combination, *chosen]
+
+
+def decimal_coefficient(value: int | float) -> int:
+    """Its digits, the point and zeros around left out: what llguidance counts multiples by."""
+    numerator, denominator = value.as_integer_ratio()
+    while denominator > 1 and numerator < 10**18:
+        numerator *= 10
+        common = gcd(numerator, denominator)
+        numerator, denominator = numerator // common, denominator // common
+    return numerator
+
+
+def _common_multiple(values: set[int | float]) -> int:
+    """As a coefficient too, of the most digits behind the point that one of them has."""
+    fractions = [Fraction(value) for value in values]
+    scale = 1
+    while any((each * scale).denominator > 1 for each in fractions):
+        scale *= 10
+    return lcm(*(int(each * scale) for each in fractions))
 
 
 def _inside(alternative: list[dict[str, Any]]) -> Iterator[tuple[Schema, ...]]:

@@ -9,7 +9,7 @@ done:
 - a number between two bounds less than 1 apart may be the one that is excluded and whole: rewritten;
 - `prefixItems` is dropped beside `additionalItems`: the older form of both is translated;
 - `oneOf` of references is refused though nothing fits two of them: proven here, then `anyOf`;
-- a schema that no finite answer fits is taken: refused.
+- a schema that no finite answer fits is taken, which ends in "too many items": `false` in its place.
 
 Where a schema leaves something open, the answer is held to less, which is valid: an object that lists
 its properties and does not mention `additionalProperties` gets no others (a small model would not stop
@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
-from edgeinfer.constraint.conjunctions import TooMuch, check_conjunctions
-from edgeinfer.constraint.disjoint import are_disjoint
-from edgeinfer.constraint.finite import has_finite_answer
+from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, TooMuch, check_conjunctions, decimal_coefficient
+from edgeinfer.constraint.disjoint import Disjointness
+from edgeinfer.constraint.finite import without_endless
 from edgeinfer.constraint.keywords import (
     ANNOTATIONS,
     APPLICATORS,
@@ -45,7 +45,6 @@ from edgeinfer.errors import ConstraintInvalid
 
 MAX_REFERENCES = 500  # different ones
 MAX_LENGTH = 2**20  # of strings, arrays and objects
-MAX_MULTIPLE = 10_000  # an automaton with that many states
 MAX_EXACT = 2**53  # integers beyond are not all doubles
 MOST_FRACTION_DIGITS = 15  # that doubles tell apart
 
@@ -79,14 +78,17 @@ class _Reader:
         self._closes_objects = not combines(root)
         self._definitions: dict[str, str] = {}  # pointer into the user's schema -> name in ours
         self._unread: list[str] = []  # of those pointers
+        self._meant: dict[str, Mapping[str, Any] | None] = {}  # reference -> what it says in the end
+        self._disjointness = Disjointness(self._dereferenced_or_none)
 
     def document(self) -> dict[str, Any]:
-        root = self._schema(self._root, "#")
+        root: Schema = self._schema(self._root, "#")
         definitions: dict[str, Schema] = {}
         while self._unread:
             pointer = self._unread.pop()
             definitions[self._definitions[pointer]] = self._schema(self._resolve(pointer, "#"), pointer)
-        if not has_finite_answer(root, definitions):
+        root, definitions = without_endless(root, definitions)
+        if root is False:
             raise ConstraintInvalid(
                 f"{self._name}: no finite JSON fits the schema: it is false, or requires a property that"
                 " refers back to its own object"
@@ -254,8 +256,8 @@ class _Reader:
             self._unsupported(
                 "multipleOf", at, "only whole numbers, halves, quarters, … down to 1/1024 are"
             )
-        if numerator > MAX_MULTIPLE:
-            self._unsupported("multipleOf", at, f"at most {MAX_MULTIPLE}")
+        if decimal_coefficient(value) > MAX_MULTIPLE:
+            self._unsupported("multipleOf", at, f"at most {MAX_MULTIPLE}, its point left out")
         return numerator if denominator == 1 else value
 
     def _counts(
@@ -417,7 +419,7 @@ class _Reader:
             applied["anyOf"] = self._branches("anyOf", schema, at)
         if "oneOf" in schema:
             branches = self._branches("oneOf", schema, at)
-            if not are_disjoint(schema["oneOf"], self._dereferenced_or_none):
+            if not self._disjointness.holds(schema["oneOf"]):
                 self._unsupported(
                     "oneOf",
                     at,
@@ -480,13 +482,26 @@ class _Reader:
 
     def _dereferenced(self, schema: object, at: str) -> Mapping[str, Any]:
         """What a schema that may be nothing but a reference says."""
+        passed: list[str] = []
+        found: Mapping[str, Any] | None = None
         for _ in range(MAX_REFERENCES):
             if not isinstance(schema, dict):
-                return {} if schema is True else {"not": {}}
+                found = {} if schema is True else {"not": {}}
+                break
             if "$ref" not in schema or any(key in ENFORCED for key in schema if key != "$ref"):
-                return schema
-            schema = self._resolve(self._pointer(schema["$ref"], at), at)
-        return self._wrong("$ref", at, "the place of a schema, not a circle of references")
+                found = schema
+                break
+            reference = schema["$ref"]
+            if isinstance(reference, str) and reference in self._meant:
+                found = self._meant[reference]
+                break
+            schema = self._resolve(self._pointer(reference, at), at)
+            passed.append(reference)
+        for reference in passed:
+            self._meant[reference] = found
+        if found is None:
+            self._wrong("$ref", at, "the place of a schema, not a circle of references")
+        return found
 
     def _dereferenced_or_none(self, schema: object) -> Mapping[str, Any] | None:
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from edgeinfer.constraint import Constraint, grammar_of, parser_limits
+from edgeinfer.constraint import Constraint, explained, grammar_of, parser_limits
 from edgeinfer.constraint.deep_stack import call_with_deep_stack
 from edgeinfer.engine.closing import find_closing
 from edgeinfer.engine.json_text import BEGIN, FRACTION, MOST_DIGITS, STRING, WHOLE, State, advance
@@ -59,7 +59,7 @@ class Grammars:
             lambda: LLMatcher(table.native, grammar, log_level=0, limits=limits)
         )
         if parser.is_error():
-            raise ConstraintInvalid(f"the answer's {constraint.kind} cannot be used: {_reason(parser)}")
+            raise ConstraintInvalid(*explained(parser.get_error(), constraint, "response_format"))
         return Matcher(parser, table, constraint)
 
 
