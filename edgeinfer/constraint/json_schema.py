@@ -6,7 +6,8 @@ done:
 
 - a key may be written twice, which `minProperties` counts as two: more than one free key is refused;
 - a bound or constant beyond what a double holds is rounded: refused;
-- a number between two bounds less than 1 apart may be the one that is excluded and whole: rewritten;
+- a bound that is excluded passes as a number with more digits than doubles tell apart, or as a whole
+  one: the number next to it, which is included, stands in its place;
 - `prefixItems` is dropped beside `additionalItems`: the older form of both is translated;
 - `oneOf` of references is refused though nothing fits two of them: proven here, then `anyOf`;
 - a schema that no finite answer fits is taken, which ends in "too many items": `false` in its place.
@@ -26,6 +27,7 @@ from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
 from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, TooMuch, check_conjunctions, decimal_coefficient
+from edgeinfer.constraint.bounds import MAX_BOUND, MAX_EXACT, is_exact, next_to
 from edgeinfer.constraint.disjoint import Disjointness
 from edgeinfer.constraint.finite import without_endless
 from edgeinfer.constraint.keywords import (
@@ -45,8 +47,6 @@ from edgeinfer.errors import ConstraintInvalid
 
 MAX_REFERENCES = 500  # different ones
 MAX_LENGTH = 2**20  # of strings, arrays and objects
-MAX_EXACT = 2**53  # integers beyond are not all doubles
-MOST_FRACTION_DIGITS = 15  # that doubles tell apart
 
 # How JSON is written. Without blanks, of which a small model writes pages. Without \uXXXX: spelt with it
 # a key would pass for another one, and every character that JSON needs escaped but DEL has a short form
@@ -215,19 +215,23 @@ class _Reader:
         types: list[str] | None,
         described: dict[str, Any],
     ) -> None:
+        whole = types is not None and "integer" in types and "number" not in types
         for keyword in ("minimum", "maximum"):
             if keyword in schema:
-                described[keyword] = self._exact(keyword, schema[keyword], at)
+                described[keyword] = self._bound(keyword, schema[keyword], at)
         for keyword, beside in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
             value = schema.get(keyword)
             if value is True and beside in described:  # draft 4
-                described[keyword] = described.pop(beside)
-            elif value is not None and not isinstance(value, bool):
-                described[keyword] = self._exact(keyword, value, at)
+                value = described.pop(beside)
             elif keyword in schema and value is not False:
-                self._wrong(keyword, at, "a number")
-            if keyword in described and types != ["integer"]:
-                _leave_out(described, keyword, beside)
+                value = self._exact(keyword, value, at)
+            if value is None or isinstance(value, bool):
+                continue
+            inner = next_to(value, above=beside == "minimum", whole=whole)
+            if inner is None:
+                self._unsupported(keyword, at, f"numbers next to it are not told apart; use {beside}")
+            narrower = max if beside == "minimum" else min
+            described[beside] = narrower(described.get(beside, inner), inner)
         if "multipleOf" in schema:
             described["multipleOf"] = self._multiple(schema["multipleOf"], at)
         wanted = schema.get("format")
@@ -239,10 +243,19 @@ class _Reader:
         elif wanted is not None and not _may_be(types, "string"):
             self._unsupported("format", at, f"{str(wanted)[:40]!r} is no format of numbers; remove it")
 
+    def _bound(self, keyword: str, value: object, at: str) -> int | float:
+        """One that is out of reach is brought as near as is exact: that of 64-bit integers is common."""
+        if isinstance(value, int) and not isinstance(value, bool) and not is_exact(value):
+            if keyword == "minimum" and value < 0:
+                return -MAX_BOUND if value < -MAX_BOUND else -MAX_EXACT
+            if keyword == "maximum" and value > 0:
+                return MAX_BOUND if value > MAX_BOUND else MAX_EXACT
+        return self._exact(keyword, value, at)
+
     def _exact(self, keyword: str, value: object, at: str) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._wrong(keyword, at, "a number")
-        if not _is_exact(value):
+        if not is_exact(value):
             self._unsupported(keyword, at, "the number has more digits than are told apart")
         return value
 
@@ -520,29 +533,8 @@ def _meant_type(schema: Mapping[str, Any]) -> list[str] | None:
     return None
 
 
-def _leave_out(described: dict[str, Any], keyword: str, beside: str) -> None:
-    """Write a whole-number bound that is excluded as the number next to it, which is included: the bound
-    itself passes else as a number without a fraction, if the other bound is less than 1 away."""
-    bound = described[keyword]
-    if not float(bound).is_integer():
-        return
-    step = 10.0 ** -(MOST_FRACTION_DIGITS - len(str(abs(int(bound)))) + 1)
-    next_to_it = bound + step if keyword == "exclusiveMinimum" else bound - step
-    if next_to_it == bound:
-        return
-    del described[keyword]
-    inner = max if keyword == "exclusiveMinimum" else min
-    described[beside] = inner(described.get(beside, next_to_it), next_to_it)
-
-
 def _may_be(types: list[str] | None, wanted: str) -> bool:
     return types is None or wanted in types
-
-
-def _is_exact(value: int | float) -> bool:
-    if isinstance(value, int):
-        return abs(value) <= MAX_EXACT or (abs(value) < 2**62 and int(float(value)) == value)
-    return math.isfinite(value) and (abs(value) < 2**62 or not value.is_integer())
 
 
 def _escaped(key: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from edgeinfer.constraint import Constraint
+from edgeinfer.constraint import Constraint, as_lark
 from edgeinfer.engine.engine import CLOSED_EARLY
 from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.json_text import BEGIN, ESCAPE, FRACTION, OUTSIDE, POWER, STRING, WHOLE, advance
@@ -213,6 +213,56 @@ def test_digits_that_a_double_does_not_tell_apart_are_not_written(
         matcher.accept(token)
         text += chr(token)
     jsonschema.validate(json.loads(text), schema)
+
+
+def test_numbers_in_a_grammar_do_not_go_on_for_ever_either() -> None:
+    schema = as_lark(Constraint("json_schema", '{"type":"object","additionalProperties":{"type":"number"}}'))
+    matcher = GRAMMARS.matcher(
+        Constraint("lark", 'start: THOUGHT "</think>" answer\nTHOUGHT: /[^<]*/\n' + schema.replace("start", "answer", 1))
+    )
+    thought = "it's \"0." + "3" * 60 + " e1" + "0" * 99 + "\\</think>"
+    for text, ends in (
+        (thought + '{"a":0.29999999999999', True),
+        ("9", False),
+        (',"0.' + "1" * 60 + 'e999":1e9', True),
+        ("9", False),
+        (',"b":' + "1" * 39, True),
+        ("1", False),
+    ):
+        for byte in text.encode():
+            assert byte in allowed(matcher), text
+            matcher.accept(byte)
+        assert (ord("9") in allowed(matcher)) == ends
+        assert ord("}") in allowed(matcher)
+    matcher.rollback(1)
+    assert ord("9") in allowed(matcher)
+
+
+def test_a_regex_may_have_as_many_digits_as_it_says() -> None:
+    matcher = GRAMMARS.matcher(Constraint("regex", r"\d{1,60}"))
+    for _ in range(60):
+        assert ord("1") in allowed(matcher)
+        matcher.accept(ord("1"))
+
+
+class LongNumbers(ByteTokenizer):
+    """Some of its words are numbers, as in vocabularies that have seen much code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces += [b".0000000000000000", b"e999", b"1" * 41, b"e10", b".5"]
+
+
+def test_a_token_with_too_long_a_number_does_not_come() -> None:
+    tokenizer = LongNumbers()
+    matcher = Grammars(tokenizer, tokenizer.vocab_size).matcher(
+        Constraint("json_schema", '{"type":"number"}')
+    )
+    first = ByteTokenizer().vocab_size
+    matcher.accept(ord("1"))
+    mask = matcher.mask()
+    found = [t for t in range(first, tokenizer.vocab_size) if mask[t // 8] >> t % 8 & 1]
+    assert [tokenizer.piece(token) for token in found] == [b"e10", b".5"]
 
 
 # -- ending in time ------------------------------------------------------------------------------
