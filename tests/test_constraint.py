@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeinfer.constraint import Constraint, check_constraint, checked_schema
+from edgeinfer.constraint.bounds import is_read_exactly, next_to, within
 from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, MAX_PROPERTIES
 from edgeinfer.constraint.disjoint import Disjointness
 from edgeinfer.constraint.json_schema import MAX_REFERENCES
@@ -113,6 +114,41 @@ def test_what_is_taken_is_enforced(schema: object, good: list[Any], bad: list[An
     assert [value for value in bad if takes(schema, value)] == []
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"exclusiveMaximum": 0.3, "minimum": 0}, ["0.25", "0"], ["0.29999999999999999999", "0.3"]),
+        ({"exclusiveMaximum": 1000.3}, ["1000.25", "-1"], ["1000.299999999999999", "1000.3"]),
+        ({"exclusiveMinimum": 123456.7}, ["123456.75"], ["123456.700000000001", "123456.7"]),
+        ({"exclusiveMinimum": 0.1 + 0.2, "maximum": 1}, ["0.31", "1"], ["0.300000000000000041", "0.3"]),
+        ({"exclusiveMinimum": 3, "maximum": 3.5}, ["3.1"], ["3", "3.0", "3.00000000000000000001"]),
+        ({"type": "integer", "exclusiveMinimum": 2**53 - 1}, [str(2**53)], [str(2**53 - 1)]),
+        ({"type": "integer", "exclusiveMaximum": 5.5, "exclusiveMinimum": 2.5}, ["3", "5"], ["2", "6"]),
+        ({"type": ["integer", "null"], "exclusiveMinimum": 3, "maximum": 5.5}, ["4", "5"], ["3", "6"]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["-5", str(2**53)],
+         [str(2**63), str(-(2**63) - 1)]),
+        ({"type": "integer", "minimum": -(2**53) - 1, "maximum": 2**53 + 1}, [str(2**53)],
+         [str(2**53 + 2)]),
+        # read by llguidance as the double above it
+        ({"minimum": 0, "maximum": 0.9544681292911887}, ["0.91"], ["0.9544681292911888"]),
+        ({"const": 0.1}, ["0.1"], ["0.10000000000000001"]),
+    ],
+)  # fmt: skip
+def test_bounds_hold_for_who_reads_doubles(schema: object, good: list[str], bad: list[str]) -> None:
+    assert [text for text in good if not takes_text(schema, text)] == []
+    assert [text for text in bad if takes_text(schema, text)] == []
+
+
+@given(st.floats(-1e15, 1e15), st.booleans(), st.booleans())
+def test_the_number_next_to_a_bound_is_beyond_it(bound: float, above: bool, whole: bool) -> None:
+    found = next_to(bound, above=above, whole=whole)
+    assert found is not None and is_read_exactly(found)
+    assert found > bound if above else found < bound
+    assert abs(found - bound) <= max(1e-13, abs(bound) * 1e-13) or whole or abs(found - bound) <= 1
+    kept = within(bound, above=above)
+    assert is_read_exactly(kept) and (kept >= bound if above else kept <= bound)
+
+
 FORMATS = {
     "date": (["2024-02-29", "2000-02-29", "0001-12-31"],
              ["2023-02-29", "1900-02-29", "0000-01-01", "2024-13-01"]),
@@ -168,6 +204,9 @@ def test_formats_are_enforced(name: str) -> None:
         ({"minimum": 2**53 + 1}, "minimum", "more digits"),
         ({"maximum": 1e300}, "maximum", "more digits"),
         ({"const": 2**64}, "const", "more digits"),
+        ({"const": 0.9120685437784987}, "const", "more digits"),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, "exclusiveMinimum", "use minimum"),
+        ({"exclusiveMaximum": 2**60}, "exclusiveMaximum", "use maximum"),
         ({"enum": [[2**53 + 1]]}, "enum", "more digits"),
         ({"enum": ["a\x01"]}, "enum", "control character"),
         ({"enum": []}, "enum", "one value or more"),

@@ -27,7 +27,7 @@ from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
 from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, TooMuch, check_conjunctions, decimal_coefficient
-from edgeinfer.constraint.bounds import MAX_BOUND, MAX_EXACT, is_exact, next_to
+from edgeinfer.constraint.bounds import MAX_BOUND, MAX_EXACT, is_exact, is_read_exactly, next_to, within
 from edgeinfer.constraint.disjoint import Disjointness
 from edgeinfer.constraint.finite import without_endless
 from edgeinfer.constraint.keywords import (
@@ -250,7 +250,7 @@ class _Reader:
                 return -MAX_BOUND if value < -MAX_BOUND else -MAX_EXACT
             if keyword == "maximum" and value > 0:
                 return MAX_BOUND if value > MAX_BOUND else MAX_EXACT
-        return self._exact(keyword, value, at)
+        return within(self._exact(keyword, value, at), above=keyword == "minimum")
 
     def _exact(self, keyword: str, value: object, at: str) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -463,7 +463,8 @@ class _Reader:
                 if any(c == "\x7f" or (c < " " and c not in "\b\f\n\r\t") for c in each):
                     self._unsupported(keyword, at, "a control character in a value cannot be written")
             elif each is not None and not isinstance(each, bool):
-                self._exact(keyword, each, at)
+                if not is_read_exactly(self._exact(keyword, each, at)):
+                    self._unsupported(keyword, at, "the number has more digits than are told apart")
         return value
 
     # -- references ------------------------------------------------------------------------------
