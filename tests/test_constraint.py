@@ -95,6 +95,17 @@ DICT = {"type": "object", "additionalProperties": {"type": "integer"}}
         ({**DICT, "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}, {"x": 1, "y": 2}], [{"z": 1}]),
         ({**DICT, "propertyNames": {"pattern": "^[a-c]$"}}, [{"a": 1}], [{"d": 1}, {"a": "x"}]),
         ({**DICT, "propertyNames": {"type": "string"}}, [{"z": 1}], [{"z": "x"}]),
+        ({**DICT, "propertyNames": {"minLength": 1, "maxLength": 2}}, [{"a": 1, "éb": 2}],
+         [{"": 1}, {"abc": 1}]),
+        ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False,
+          "required": ["a"]}, [{"a": 1}], [{"b": 1}]),
+        ({**DICT, "unevaluatedProperties": False}, [{"a": 1}], [{"a": "x"}]),
+        ({"properties": {"a": {"$ref": "#/properties/a"}, "b": {}}}, [{"b": 1}, {}], [{"a": 1}]),
+        ({"properties": {"a": {"$ref": "#/$defs/i"}, "b": {"items": {"$ref": "#/$defs/i"}},
+                         "c": {"anyOf": [{"$ref": "#/$defs/i"}, {"type": "null"}]}},
+          "$defs": {"i": {"type": "object", "properties": {"n": {"$ref": "#/$defs/i"}},
+                          "required": ["n"]}}},
+         [{}, {"b": []}, {"b": [], "c": None}], [{"a": 1}, {"b": [1]}, {"c": {"n": 1}}]),
         ({"allOf": [{"minimum": 3}, {"maximum": 4}], "type": "integer"}, [3], [2, 5]),
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
@@ -156,6 +167,9 @@ FORMATS = {
     "date-time": (["2024-02-29T10:00:00Z"], ["2023-02-29T10:00:00Z", "2024-02-28 10:00:00Z"]),
     "email": (["a.b@example.org"], ["a", "a@", "a b@c.d"]),
     "uuid": (["123e4567-e89b-12d3-a456-426614174000"], ["123"]),
+    "uuid4": (["123e4567-e89b-42d3-a456-426614174000"], ["123e4567-e89b-12d3-a456-426614174000"]),
+    "base64": (["", "YWI=", "YWJj"], ["YWI", "a b="]),
+    "base64url": (["_-A="], ["+/A="]),
     "ipv4": (["127.0.0.1"], ["256.0.0.1", "1.2.3"]),
     "ipv6": (["::1", "fe80::1:2"], ["::1::", "12345::"]),
     "hostname": (["example.org"], ["-a.b", "a..b"]),
@@ -223,7 +237,17 @@ def test_formats_are_enforced(name: str) -> None:
         ({**DICT, "minProperties": 2}, "minProperties", "by name"),
         ({"properties": {"a": {}, "b": {}, "c": {}}, "maxProperties": 2}, "maxProperties", "by name"),
         ({"patternProperties": {"a": {}, "b": {}}}, "patternProperties", "not disjoint"),
-        ({**DICT, "propertyNames": {"maxLength": 3}}, "propertyNames", "a list of names"),
+        ({**DICT, "propertyNames": {"format": "date"}}, "propertyNames", "a list of names"),
+        ({"properties": {"a": {}}, "propertyNames": {"minLength": 1}}, "propertyNames", "lengths alone"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {}}, "unevaluatedProperties": False},
+         "unevaluatedProperties", "additionalProperties"),
+        ({"type": "object", "min_properties": 1}, "min_properties", "did you mean 'minProperties'?"),
+        ({"type": "array", "items": {"type": "string", "pattern": "^a\\x00$"}}, "pattern",
+         "control character"),
+        ({"anyOf": [{"type": "string", "pattern": "^[\\x00-\\x07]*$"}]}, "pattern", "control character"),
+        ({"patternProperties": {"\\v": {}}}, "patternProperties", "control character"),
+        ({"properties": {"a": {}, "b": {}, "c": {}, "d": {}}, "required": ["a"],
+          "allOf": [{"maxProperties": 2}]}, "maxProperties", ""),
         ({**DICT, "propertyNames": {"type": "integer"}}, "propertyNames", "names are strings"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", "use anyOf"),
         ({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, "oneOf", "use anyOf"),
@@ -462,7 +486,9 @@ def test_too_many_comparisons_are_not_made() -> None:
         key: {**each, "properties": {**each["properties"], "z": {"items": {}}}}
         for key, each in branches(150).items()
     }
-    assert refusal({"$defs": far, "oneOf": [{"$ref": f"#/$defs/{key}"} for key in far]}).keyword == "oneOf"
+    assert (
+        refusal({"$defs": far, "oneOf": [{"$ref": f"#/$defs/{key}"} for key in far]}).keyword == "oneOf"
+    )
 
 
 def bombs() -> dict[str, Any]:
@@ -551,6 +577,7 @@ def test_patterns_apart_from_one_another_are_no_bomb() -> None:
             r"\Z",
             r"\k<a>",
         ),
+        *("\x00", r"\x07", r"\u007f", r"a|\v", r"[\x00]", r"[\x00-\x07\x0e]"),
         *("a{", "a{,3}", "a{x}", "[]", "[^]", "[a", "(a", "a)", "a**", "a{2}{3}", "a++", "[a--b]", "\\"),
     ],
 )
@@ -567,6 +594,16 @@ def test_what_dialects_disagree_about_is_refused(pattern: str) -> None:
         (r"^\s$", [" ", "\t"], ["\u0085", "\ufeff", "x"]),
         (r"^[^\s]$", ["x"], [" ", "\ufeff"]),
         (r"^\S$", ["x"], [" ", "\ufeff"]),
+        (r"^[\S]$", ["x", "]"], [" ", "\ufeff"]),
+        (r"^[\s\S]$", ["x", " ", "é"], ["", "xx"]),
+        (r"^\W$", ["-", " ", "€"], ["a", "_", "é", "٣"]),
+        (r"^\D$", ["a", "é"], ["1", "٣"]),
+        (r"^[^\w]$", ["-", "€"], ["a", "é"]),
+        (r"^[^\d-]$", ["a", "é"], ["1", "-", "٣"]),
+        (r"^[\Wa]$", ["a", "-"], ["b", "é"]),
+        (r"^[^\W\D]$", ["1"], ["a", "٣", "-"]),
+        (r"^[^\S]$", [" "], ["\u0085", "x"]),
+        (r"^[\x00-\x1f-]$", ["\t", "-"], ["a"]),
         (r"^.$", ["x", "é"], ["\n", "\r", "\u2028"]),
         (r"^\w\d$", ["a1"], ["é1", "a٣"]),
         (r"^a|b$", ["ac", "cb"], ["cac"]),
@@ -595,6 +632,11 @@ ATOMS = st.sampled_from(
         r"\d",
         r"\w",
         r"\s",
+        r"\W",
+        r"\D",
+        r"\S",
+        r"[^\w]",
+        r"[^\d\s]",
         r"\.",
         r"\-",
         "[ab]",
@@ -629,6 +671,7 @@ def test_texts_of_a_pattern_match_it_in_python(pattern: str, frame: str, seed: i
     if text is not None:
         # as ECMAScript: \w and \d are ASCII
         assert re.search(written, json.loads(text), re.ASCII), (written, text)
+        assert re.search(written, json.loads(text)), (written, text)
 
 
 JSON_VALUES = st.recursive(
@@ -651,6 +694,30 @@ def test_any_json_is_taken_or_refused_in_one_line(schema: object) -> None:
         check(schema)
     except ConstraintInvalid as error:
         assert "\n" not in str(error)
+
+
+def test_half_a_character_in_a_schema_is_said() -> None:
+    for schema in ({"const": "\ud800"}, {"properties": {"\udfff": {}}}):
+        assert "half a character" in str(refusal(schema))
+
+
+def test_keys_that_are_marked_as_foreign_say_nothing() -> None:
+    schema = checked_schema({"type": "string", "ui:widget": 1, "_note": 2, "units": "cm"}, "a")
+    assert schema.keys() == {"type", "x-guidance"}
+
+
+def test_the_check_refuses_what_the_matcher_would() -> None:
+    for schema, keyword in (
+        ({"patternProperties": {"a": {}, "b": {}}}, "patternProperties"),
+        ({"anyOf": [{"type": "number", "multipleOf": each, "minimum": 12345}
+                    for each in range(3900, 4000)]}, None),
+        ({"type": "string", "pattern": "^a$", "allOf": [{"pattern": "^b$"}]}, None),
+    ):  # fmt: skip
+        error = refusal(schema)
+        assert error.keyword == keyword
+        with pytest.raises(ConstraintInvalid) as caught:
+            matcher_of(schema)
+        assert (str(caught.value), caught.value.keyword) == (str(error), keyword)
 
 
 def test_other_kinds() -> None:

@@ -146,6 +146,12 @@ def explained(fault: str, constraint: Constraint, name: str) -> tuple[str, str |
         return f"{name}: no JSON fits the schema: it has no beginning", None
     if "nsatisfiable" in fault:
         return f"{name}: no JSON fits the schema: {said}", None
+    if "fuel" in fault or "too big" in fault:
+        return (
+            f"{name}: the schema takes too large an automaton; use fewer alternatives, and shorter"
+            f" patterns and bounds: {said}",
+            None,
+        )
     keyword = next((each for sign, each in COMPLAINTS if sign in fault), None)
     if keyword == "minProperties" and '"minProperties"' not in constraint.text:
         keyword = "maxProperties"

@@ -1,4 +1,4 @@
-"""Bounds of numbers as llguidance may see them: it keeps them as doubles, and so do most who read JSON."""
+"""Bounds of numbers as llguidance may see them: it keeps doubles, and so do most who read JSON."""
 
 from __future__ import annotations
 

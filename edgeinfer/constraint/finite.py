@@ -12,9 +12,7 @@ Schema = bool | dict[str, Any]
 _MAX_ROUNDS = 12  # what is not found to be finite by then counts as endless
 
 
-def without_endless(
-    root: Schema, definitions: Mapping[str, Schema]
-) -> tuple[Schema, dict[str, Schema]]:
+def without_endless(root: Schema, definitions: Mapping[str, Schema]) -> tuple[Schema, dict[str, Schema]]:
     """A checked schema (`json_schema.py`) with `false` in place of what no finite JSON fits: an answer
     that went there would not come back. Contradictions are not looked for."""
     finite = _finite_of(definitions)
@@ -27,7 +25,7 @@ def _finite_of(definitions: Mapping[str, Schema]) -> set[str]:
     for _ in range(_MAX_ROUNDS):
         before = len(finite)
         # what is referred to comes after what refers to it
-        for name in reversed(definitions):
+        for name in reversed(list(definitions)):
             if name not in finite and _is_finite(definitions[name], finite):
                 finite.add(name)
         if len(finite) == before:
@@ -58,9 +56,7 @@ def _is_finite(schema: Schema, finite: Set[str]) -> bool:
     return _is_finite_if(schema, finite, lambda part: _is_finite(part, finite))
 
 
-def _is_finite_if(
-    schema: dict[str, Any], finite: Set[str], judge: Callable[[Schema], bool]
-) -> bool:
+def _is_finite_if(schema: dict[str, Any], finite: Set[str], judge: Callable[[Schema], bool]) -> bool:
     """finite: definitions that are. judge: which of its parts are."""
     if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in finite:
         return False

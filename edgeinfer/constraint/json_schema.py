@@ -26,8 +26,13 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
-from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, TooMuch, check_conjunctions, decimal_coefficient
 from edgeinfer.constraint.bounds import MAX_BOUND, MAX_EXACT, is_exact, is_read_exactly, next_to, within
+from edgeinfer.constraint.conjunctions import (
+    MAX_MULTIPLE,
+    TooMuch,
+    check_conjunctions,
+    decimal_coefficient,
+)
 from edgeinfer.constraint.disjoint import Disjointness
 from edgeinfer.constraint.finite import without_endless
 from edgeinfer.constraint.keywords import (
@@ -40,6 +45,7 @@ from edgeinfer.constraint.keywords import (
     REFUSED,
     STRING,
     TYPES,
+    is_foreign,
 )
 from edgeinfer.constraint.patterns import PatternRefused, portable_pattern
 from edgeinfer.constraint.schema_text import check_size, combines, draft_of, refers_to
@@ -57,6 +63,8 @@ COMPACT: Mapping[str, Any] = {
     "key_separator": ":",
     "json_allowed_escapes": 'nrbtf\\"',
 }
+
+APPLIED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
 
 Schema = bool | dict[str, Any]
 
@@ -121,6 +129,7 @@ class _Reader:
             return schema
         if not isinstance(schema, dict):
             raise ConstraintInvalid(f"{self._name}: the schema at {at} must be an object or a boolean")
+        schema = _without_unevaluated(schema)
         self._check_keywords(schema, at)
         types = self._types(schema, at)
         described: dict[str, Any] = {}
@@ -150,7 +159,7 @@ class _Reader:
                 self._unsupported(keyword, at, "only the whole schema may have a name of its own")
             if keyword == "$schema" and (not isinstance(value, str) or self._draft is None):
                 self._unsupported(keyword, at, "known are the drafts 4, 6, 7, 2019-09 and 2020-12")
-            if keyword not in ANNOTATIONS and not keyword.startswith("x-"):
+            if keyword not in ANNOTATIONS and not is_foreign(keyword):
                 near = get_close_matches(keyword, sorted(ENFORCED), n=1)
                 hint = (
                     f"did you mean '{near[0]}'?"
@@ -385,11 +394,17 @@ class _Reader:
             for key in allowed:
                 properties.setdefault(key, True if others is None else others)
             return False
-        if said.keys() != {"pattern"} or properties or patterns:
+        is_length = said.keys() <= {"minLength", "maxLength"}
+        if not (is_length or said.keys() == {"pattern"}) or properties or patterns:
             self._unsupported(
-                "propertyNames", at, "only as a list of names (enum), or as a pattern alone"
+                "propertyNames", at, "only as a list of names (enum), or as a pattern or lengths alone"
             )
-        pattern = said["pattern"]
+        if is_length:
+            counts: dict[str, Any] = {}
+            self._counts(said, f"{at}/propertyNames", ("minLength", "maxLength"), counts)
+            pattern = rf"^[\s\S]{{{counts.get('minLength', 0)},{counts.get('maxLength', '')}}}$"
+        else:
+            pattern = said["pattern"]
         self._pattern("pattern", pattern, f"{at}/propertyNames")
         patterns[pattern] = True if others is None else others
         return False
@@ -462,9 +477,10 @@ class _Reader:
             elif isinstance(each, str):
                 if any(c == "\x7f" or (c < " " and c not in "\b\f\n\r\t") for c in each):
                     self._unsupported(keyword, at, "a control character in a value cannot be written")
-            elif each is not None and not isinstance(each, bool):
-                if not is_read_exactly(self._exact(keyword, each, at)):
-                    self._unsupported(keyword, at, "the number has more digits than are told apart")
+            elif each is None or isinstance(each, bool):
+                continue
+            elif not is_read_exactly(self._exact(keyword, each, at)):
+                self._unsupported(keyword, at, "the number has more digits than are told apart")
         return value
 
     # -- references ------------------------------------------------------------------------------
@@ -522,6 +538,17 @@ class _Reader:
             return self._dereferenced(schema, "#")
         except ConstraintInvalid:
             return None
+
+
+def _without_unevaluated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Where nothing but the schema's own keywords looks at properties, what those leave is what
+    `additionalProperties` is about; and true says nothing."""
+    rest = schema.get("unevaluatedProperties")
+    if rest is True or (rest is False and not (APPLIED & schema.keys())):
+        schema = {key: value for key, value in schema.items() if key != "unevaluatedProperties"}
+        if rest is False:
+            schema.setdefault("additionalProperties", False)
+    return schema
 
 
 def _meant_type(schema: Mapping[str, Any]) -> list[str] | None:

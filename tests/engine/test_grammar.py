@@ -216,9 +216,15 @@ def test_digits_that_a_double_does_not_tell_apart_are_not_written(
 
 
 def test_numbers_in_a_grammar_do_not_go_on_for_ever_either() -> None:
-    schema = as_lark(Constraint("json_schema", '{"type":"object","additionalProperties":{"type":"number"}}'))
+    schema = as_lark(
+        Constraint("json_schema", '{"type":"object","additionalProperties":{"type":"number"}}')
+    )
     matcher = GRAMMARS.matcher(
-        Constraint("lark", 'start: THOUGHT "</think>" answer\nTHOUGHT: /[^<]*/\n' + schema.replace("start", "answer", 1))
+        Constraint(
+            "lark",
+            'start: THOUGHT "</think>" answer\nTHOUGHT: /[^<]*/\n'
+            + schema.replace("start", "answer", 1),
+        )
     )
     thought = "it's \"0." + "3" * 60 + " e1" + "0" * 99 + "\\</think>"
     for text, ends in (
