@@ -540,6 +540,8 @@ def test_patterns_that_meet_in_one_place_are_counted(way: str) -> None:
           "$defs": {"a": {"multipleOf": 1.5, "type": "number"}}}, "multipleOf"),
         ({"multipleOf": 3.4619140625}, "multipleOf"),
         ({"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES + 1)}}, "properties"),
+        ({"required": [f"p{i}" for i in range(MAX_PROPERTIES + 1)]}, "properties"),
+        ({"const": [{f"p{i}": i for i in range(MAX_PROPERTIES + 1)}]}, "properties"),
         ({"allOf": [{"properties": {f"{name}{i}": {} for i in range(1000)}} for name in "ab"]},
          "properties"),
         ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "minLength": i} for i in range(450)}

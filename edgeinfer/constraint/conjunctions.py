@@ -63,7 +63,9 @@ class _Counter:
         self._texts.update(_texts_of(schema))
         if len(self._texts) > MAX_PATTERNS:
             raise TooMuch("pattern", f"there are more than {MAX_PATTERNS} different ones")
-        self._count_properties(len(schema.get("properties", ())))
+        self._count_properties(len(_keys_of(schema)))
+        for each in _objects_in([schema.get("const"), *schema.get("enum", ())]):
+            self._count_properties(len(each))
         self._pattern_properties += len(schema.get("patternProperties", ()))
         if self._pattern_properties > MAX_PATTERN_PROPERTIES:
             raise TooMuch("patternProperties", f"at most {MAX_PATTERN_PROPERTIES} in the whole schema")
@@ -90,7 +92,7 @@ class _Counter:
                 self._check(alternative)
                 if len(alternative) > 1:
                     self._count_properties(
-                        len({key for schema in alternative for key in schema.get("properties", ())})
+                        len({key for schema in alternative for key in _keys_of(schema)})
                     )
                 for inside in _inside(alternative):
                     self._spend(len(alternative))
@@ -188,6 +190,21 @@ def _several(schemas: Iterator[Schema]) -> tuple[Schema, ...]:
     """() if there is but one: that one is looked at by itself."""
     found = tuple({id(each): each for each in schemas if isinstance(each, dict)}.values())
     return found if len(found) > 1 else ()
+
+
+def _keys_of(schema: Mapping[str, Any]) -> set[str]:
+    return {*schema.get("properties", ()), *schema.get("required", ())}
+
+
+def _objects_in(values: list[Any]) -> Iterator[dict[str, Any]]:
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            yield value
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
 
 
 def _texts_of(schema: Mapping[str, Any]) -> list[str]:

@@ -59,6 +59,8 @@ class Grammars:
             lambda: LLMatcher(table.native, grammar, log_level=0, limits=limits)
         )
         if parser.is_error():
+            if constraint.kind == "lark":  # nobody wrote that: it may be about tools, too
+                raise ConstraintInvalid(f"the answer's lark cannot be used: {_reason(parser)}")
             raise ConstraintInvalid(*explained(parser.get_error(), constraint, "response_format"))
         return Matcher(parser, table, constraint)
 
