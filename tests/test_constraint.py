@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeinfer.constraint import Constraint, check_constraint, checked_schema
-from edgeinfer.constraint.json_schema import MAX_MULTIPLE, MAX_REFERENCES
+from edgeinfer.constraint.bounds import is_read_exactly, next_to, within
+from edgeinfer.constraint.conjunctions import MAX_MULTIPLE, MAX_PROPERTIES
+from edgeinfer.constraint.disjoint import Disjointness
+from edgeinfer.constraint.json_schema import MAX_REFERENCES
 from edgeinfer.constraint.keywords import ANNOTATIONS, ENFORCED, REFUSED
 from edgeinfer.constraint.patterns import PatternRefused, portable_pattern
 from edgeinfer.constraint.schema_text import MAX_BYTES, MAX_CHOICES, MAX_DEPTH, MAX_VALUES
@@ -92,9 +95,22 @@ DICT = {"type": "object", "additionalProperties": {"type": "integer"}}
         ({**DICT, "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}, {"x": 1, "y": 2}], [{"z": 1}]),
         ({**DICT, "propertyNames": {"pattern": "^[a-c]$"}}, [{"a": 1}], [{"d": 1}, {"a": "x"}]),
         ({**DICT, "propertyNames": {"type": "string"}}, [{"z": 1}], [{"z": "x"}]),
+        ({**DICT, "propertyNames": {"minLength": 1, "maxLength": 2}}, [{"a": 1, "éb": 2}],
+         [{"": 1}, {"abc": 1}]),
+        ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False,
+          "required": ["a"]}, [{"a": 1}], [{"b": 1}]),
+        ({**DICT, "unevaluatedProperties": False}, [{"a": 1}], [{"a": "x"}]),
+        ({"properties": {"a": {"$ref": "#/properties/a"}, "b": {}}}, [{"b": 1}, {}], [{"a": 1}]),
+        ({"properties": {"a": {"$ref": "#/$defs/i"}, "b": {"items": {"$ref": "#/$defs/i"}},
+                         "c": {"anyOf": [{"$ref": "#/$defs/i"}, {"type": "null"}]}},
+          "$defs": {"i": {"type": "object", "properties": {"n": {"$ref": "#/$defs/i"}},
+                          "required": ["n"]}}},
+         [{}, {"b": []}, {"b": [], "c": None}], [{"a": 1}, {"b": [1]}, {"c": {"n": 1}}]),
         ({"allOf": [{"minimum": 3}, {"maximum": 4}], "type": "integer"}, [3], [2, 5]),
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
+        ({"oneOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]},
+         ["2024-01-01", "2024-01-01T10:00:00Z"], ["x"]),
         ({"oneOf": [{"const": 1}, {"const": True}, {"enum": ["a"]}]}, [1, True, "a"], ["b"]),
         (TREE, [{"v": 1}, {"v": 1, "n": {"v": 2}}], [{}, {"v": 1, "n": {}}]),
         ({"$ref": "#/$defs/a~1b%20c", "$defs": {"a/b c": {"type": "integer"}}}, [1], ["x"]),
@@ -109,6 +125,41 @@ def test_what_is_taken_is_enforced(schema: object, good: list[Any], bad: list[An
     assert [value for value in bad if takes(schema, value)] == []
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"exclusiveMaximum": 0.3, "minimum": 0}, ["0.25", "0"], ["0.29999999999999999999", "0.3"]),
+        ({"exclusiveMaximum": 1000.3}, ["1000.25", "-1"], ["1000.299999999999999", "1000.3"]),
+        ({"exclusiveMinimum": 123456.7}, ["123456.75"], ["123456.700000000001", "123456.7"]),
+        ({"exclusiveMinimum": 0.1 + 0.2, "maximum": 1}, ["0.31", "1"], ["0.300000000000000041", "0.3"]),
+        ({"exclusiveMinimum": 3, "maximum": 3.5}, ["3.1"], ["3", "3.0", "3.00000000000000000001"]),
+        ({"type": "integer", "exclusiveMinimum": 2**53 - 1}, [str(2**53)], [str(2**53 - 1)]),
+        ({"type": "integer", "exclusiveMaximum": 5.5, "exclusiveMinimum": 2.5}, ["3", "5"], ["2", "6"]),
+        ({"type": ["integer", "null"], "exclusiveMinimum": 3, "maximum": 5.5}, ["4", "5"], ["3", "6"]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["-5", str(2**53)],
+         [str(2**63), str(-(2**63) - 1)]),
+        ({"type": "integer", "minimum": -(2**53) - 1, "maximum": 2**53 + 1}, [str(2**53)],
+         [str(2**53 + 2)]),
+        # read by llguidance as the double above it
+        ({"minimum": 0, "maximum": 0.9544681292911887}, ["0.91"], ["0.9544681292911888"]),
+        ({"const": 0.1}, ["0.1"], ["0.10000000000000001"]),
+    ],
+)  # fmt: skip
+def test_bounds_hold_for_who_reads_doubles(schema: object, good: list[str], bad: list[str]) -> None:
+    assert [text for text in good if not takes_text(schema, text)] == []
+    assert [text for text in bad if takes_text(schema, text)] == []
+
+
+@given(st.floats(-1e15, 1e15), st.booleans(), st.booleans())
+def test_the_number_next_to_a_bound_is_beyond_it(bound: float, above: bool, whole: bool) -> None:
+    found = next_to(bound, above=above, whole=whole)
+    assert found is not None and is_read_exactly(found)
+    assert found > bound if above else found < bound
+    assert abs(found - bound) <= max(1e-13, abs(bound) * 1e-13) or whole or abs(found - bound) <= 1
+    kept = within(bound, above=above)
+    assert is_read_exactly(kept) and (kept >= bound if above else kept <= bound)
+
+
 FORMATS = {
     "date": (["2024-02-29", "2000-02-29", "0001-12-31"],
              ["2023-02-29", "1900-02-29", "0000-01-01", "2024-13-01"]),
@@ -116,6 +167,9 @@ FORMATS = {
     "date-time": (["2024-02-29T10:00:00Z"], ["2023-02-29T10:00:00Z", "2024-02-28 10:00:00Z"]),
     "email": (["a.b@example.org"], ["a", "a@", "a b@c.d"]),
     "uuid": (["123e4567-e89b-12d3-a456-426614174000"], ["123"]),
+    "uuid4": (["123e4567-e89b-42d3-a456-426614174000"], ["123e4567-e89b-12d3-a456-426614174000"]),
+    "base64": (["", "YWI=", "YWJj"], ["YWI", "a b="]),
+    "base64url": (["_-A="], ["+/A="]),
     "ipv4": (["127.0.0.1"], ["256.0.0.1", "1.2.3"]),
     "ipv6": (["::1", "fe80::1:2"], ["::1::", "12345::"]),
     "hostname": (["example.org"], ["-a.b", "a..b"]),
@@ -164,6 +218,9 @@ def test_formats_are_enforced(name: str) -> None:
         ({"minimum": 2**53 + 1}, "minimum", "more digits"),
         ({"maximum": 1e300}, "maximum", "more digits"),
         ({"const": 2**64}, "const", "more digits"),
+        ({"const": 0.9120685437784987}, "const", "more digits"),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, "exclusiveMinimum", "use minimum"),
+        ({"exclusiveMaximum": 2**60}, "exclusiveMaximum", "use maximum"),
         ({"enum": [[2**53 + 1]]}, "enum", "more digits"),
         ({"enum": ["a\x01"]}, "enum", "control character"),
         ({"enum": []}, "enum", "one value or more"),
@@ -180,7 +237,17 @@ def test_formats_are_enforced(name: str) -> None:
         ({**DICT, "minProperties": 2}, "minProperties", "by name"),
         ({"properties": {"a": {}, "b": {}, "c": {}}, "maxProperties": 2}, "maxProperties", "by name"),
         ({"patternProperties": {"a": {}, "b": {}}}, "patternProperties", "not disjoint"),
-        ({**DICT, "propertyNames": {"maxLength": 3}}, "propertyNames", "a list of names"),
+        ({**DICT, "propertyNames": {"format": "date"}}, "propertyNames", "a list of names"),
+        ({"properties": {"a": {}}, "propertyNames": {"minLength": 1}}, "propertyNames", "lengths alone"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {}}, "unevaluatedProperties": False},
+         "unevaluatedProperties", "additionalProperties"),
+        ({"type": "object", "min_properties": 1}, "min_properties", "did you mean 'minProperties'?"),
+        ({"type": "array", "items": {"type": "string", "pattern": "^a\\x00$"}}, "pattern",
+         "control character"),
+        ({"anyOf": [{"type": "string", "pattern": "^[\\x00-\\x07]*$"}]}, "pattern", "control character"),
+        ({"patternProperties": {"\\v": {}}}, "patternProperties", "control character"),
+        ({"properties": {"a": {}, "b": {}, "c": {}, "d": {}}, "required": ["a"],
+          "allOf": [{"maxProperties": 2}]}, "maxProperties", ""),
         ({**DICT, "propertyNames": {"type": "integer"}}, "propertyNames", "names are strings"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", "use anyOf"),
         ({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, "oneOf", "use anyOf"),
@@ -392,6 +459,111 @@ def test_patterns_that_cost_too_much_are_refused(text: str) -> None:
     assert refusal({"type": "string", "pattern": text}).keyword == "pattern"
 
 
+def branches(count: int) -> dict[str, Any]:
+    keys = {f"p{i}": {"type": "string"} for i in range(20)}
+    return {
+        f"b{i}": {"type": "object", "properties": {**keys, "z": {"const": i}}, "required": [*keys, "z"]}
+        for i in range(count)
+    }
+
+
+def test_branches_that_exclude_each_other_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    compare = Disjointness._compare
+
+    def counted(self: Disjointness, *arguments: Any) -> bool:
+        compared.append(arguments)
+        return compare(self, *arguments)
+
+    monkeypatch.setattr(Disjointness, "_compare", counted)
+    some = {"oneOf": [{"$ref": f"#/$defs/b{i}"} for i in range(30)]}
+    checked_schema({"$defs": branches(30), "properties": {f"a{i}": some for i in range(20)}}, "a")
+    assert len(compared) == 30 * 29 // 2
+
+
+def test_too_many_comparisons_are_not_made() -> None:
+    far = {
+        key: {**each, "properties": {**each["properties"], "z": {"items": {}}}}
+        for key, each in branches(150).items()
+    }
+    assert (
+        refusal({"$defs": far, "oneOf": [{"$ref": f"#/$defs/{key}"} for key in far]}).keyword == "oneOf"
+    )
+
+
+def bombs() -> dict[str, Any]:
+    """26 patterns that meet for one string, in every way that makes them meet."""
+    each = [{"type": "string", "pattern": f"[a-z]{{{i}}}x"} for i in range(1, 27)]
+    nested: dict[str, Any] = each[0]
+    beside: dict[str, Any] = each[0]
+    for one in each[1:]:
+        nested = {"allOf": [nested, one]}
+    for one in each[1:20]:
+        beside = {**one, "type": ["string", "null"], "anyOf": [beside, {"type": "null"}]}
+    row = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", **one} for i, one in enumerate(each)}
+    return {
+        "allOf": {"allOf": each},
+        "nested allOf": nested,
+        "anyOf": beside,
+        "$ref": {"$ref": "#/$defs/d0", "$defs": {**row, "d26": {"type": "string"}}},
+        "properties": {"allOf": [{"properties": {"a": one}} for one in each]},
+        "additionalProperties": {
+            "allOf": [{"type": "object", "additionalProperties": one} for one in each]
+        },
+        "patternProperties": {"allOf": [{"patternProperties": {"^a": one}} for one in each]},
+        "items": {"allOf": [{"items": one} for one in each]},
+        "prefixItems": {"allOf": [{"prefixItems": [one]} for one in each]},
+        "alternatives": {
+            "allOf": [
+                {"anyOf": [{"type": "string", "pattern": f"a{i}{{{j}}}"} for i in range(18)]}
+                for j in (1, 2)
+            ]
+        },
+    }
+
+
+@pytest.mark.parametrize("way", bombs())
+def test_patterns_that_meet_in_one_place_are_counted(way: str) -> None:
+    assert refusal(bombs()[way]).keyword == "pattern"
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"patternProperties": {f"^a{i}_": {} for i in range(51)}}, "patternProperties"),
+        ({"items": {"anyOf": [{"patternProperties": {f"^{i}_{j}": {} for i in range(9)}}
+                              for j in range(9)]}}, "patternProperties"),
+        ({"anyOf": [{"type": "string", "pattern": f"a{i}"} for i in range(501)]}, "pattern"),
+        ({"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": 99 - i}]} for i in range(20)]}, "allOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": each} for each in (3989, 3967)]}, "multipleOf"),
+        ({"multipleOf": 3989, "type": "integer", "$ref": "#/$defs/a",
+          "$defs": {"a": {"multipleOf": 1.5, "type": "number"}}}, "multipleOf"),
+        ({"multipleOf": 3.4619140625}, "multipleOf"),
+        ({"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES + 1)}}, "properties"),
+        ({"required": [f"p{i}" for i in range(MAX_PROPERTIES + 1)]}, "properties"),
+        ({"const": [{f"p{i}": i for i in range(MAX_PROPERTIES + 1)}]}, "properties"),
+        ({"allOf": [{"properties": {f"{name}{i}": {} for i in range(1000)}} for name in "ab"]},
+         "properties"),
+        ({"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "minLength": i} for i in range(450)}
+          | {"d450": {}}, "$ref": "#/$defs/d0"}, "$ref"),
+    ],
+)  # fmt: skip
+def test_what_would_multiply_is_refused_by_name(schema: object, keyword: str) -> None:
+    assert refusal(schema).keyword == keyword
+
+
+def test_patterns_apart_from_one_another_are_no_bomb() -> None:
+    word = {"type": "string", "pattern": "^[a-z]+$"}
+    mixins = [
+        {"properties": {f"{name}{i}": {**word, "maxLength": 9 + i} for i in range(9)}} for name in "abcd"
+    ]
+    check({"allOf": mixins})
+    check({"anyOf": [{**word, "maxLength": i + 1} for i in range(40)]})
+    check({"allOf": [word, {"pattern": "a"}, {"pattern": "z$"}]})
+    check({"allOf": [{"type": "integer", "multipleOf": each} for each in (4, 6)]})
+    check({"type": "integer", "multipleOf": MAX_MULTIPLE, "minimum": 10_001})
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -407,6 +579,7 @@ def test_patterns_that_cost_too_much_are_refused(text: str) -> None:
             r"\Z",
             r"\k<a>",
         ),
+        *("\x00", r"\x07", r"\u007f", r"a|\v", r"[\x00]", r"[\x00-\x07\x0e]"),
         *("a{", "a{,3}", "a{x}", "[]", "[^]", "[a", "(a", "a)", "a**", "a{2}{3}", "a++", "[a--b]", "\\"),
     ],
 )
@@ -423,6 +596,16 @@ def test_what_dialects_disagree_about_is_refused(pattern: str) -> None:
         (r"^\s$", [" ", "\t"], ["\u0085", "\ufeff", "x"]),
         (r"^[^\s]$", ["x"], [" ", "\ufeff"]),
         (r"^\S$", ["x"], [" ", "\ufeff"]),
+        (r"^[\S]$", ["x", "]"], [" ", "\ufeff"]),
+        (r"^[\s\S]$", ["x", " ", "é"], ["", "xx"]),
+        (r"^\W$", ["-", " ", "€"], ["a", "_", "é", "٣"]),
+        (r"^\D$", ["a", "é"], ["1", "٣"]),
+        (r"^[^\w]$", ["-", "€"], ["a", "é"]),
+        (r"^[^\d-]$", ["a", "é"], ["1", "-", "٣"]),
+        (r"^[\Wa]$", ["a", "-"], ["b", "é"]),
+        (r"^[^\W\D]$", ["1"], ["a", "٣", "-"]),
+        (r"^[^\S]$", [" "], ["\u0085", "x"]),
+        (r"^[\x00-\x1f-]$", ["\t", "-"], ["a"]),
         (r"^.$", ["x", "é"], ["\n", "\r", "\u2028"]),
         (r"^\w\d$", ["a1"], ["é1", "a٣"]),
         (r"^a|b$", ["ac", "cb"], ["cac"]),
@@ -451,6 +634,11 @@ ATOMS = st.sampled_from(
         r"\d",
         r"\w",
         r"\s",
+        r"\W",
+        r"\D",
+        r"\S",
+        r"[^\w]",
+        r"[^\d\s]",
         r"\.",
         r"\-",
         "[ab]",
@@ -485,6 +673,7 @@ def test_texts_of_a_pattern_match_it_in_python(pattern: str, frame: str, seed: i
     if text is not None:
         # as ECMAScript: \w and \d are ASCII
         assert re.search(written, json.loads(text), re.ASCII), (written, text)
+        assert re.search(written, json.loads(text)), (written, text)
 
 
 JSON_VALUES = st.recursive(
@@ -507,6 +696,30 @@ def test_any_json_is_taken_or_refused_in_one_line(schema: object) -> None:
         check(schema)
     except ConstraintInvalid as error:
         assert "\n" not in str(error)
+
+
+def test_half_a_character_in_a_schema_is_said() -> None:
+    for schema in ({"const": "\ud800"}, {"properties": {"\udfff": {}}}):
+        assert "half a character" in str(refusal(schema))
+
+
+def test_keys_that_are_marked_as_foreign_say_nothing() -> None:
+    schema = checked_schema({"type": "string", "ui:widget": 1, "_note": 2, "units": "cm"}, "a")
+    assert schema.keys() == {"type", "x-guidance"}
+
+
+def test_the_check_refuses_what_the_matcher_would() -> None:
+    for schema, keyword in (
+        ({"patternProperties": {"a": {}, "b": {}}}, "patternProperties"),
+        ({"anyOf": [{"type": "number", "multipleOf": each, "minimum": 12345}
+                    for each in range(3900, 4000)]}, None),
+        ({"type": "string", "pattern": "^a$", "allOf": [{"pattern": "^b$"}]}, None),
+    ):  # fmt: skip
+        error = refusal(schema)
+        assert error.keyword == keyword
+        with pytest.raises(ConstraintInvalid) as caught:
+            matcher_of(schema)
+        assert (str(caught.value), caught.value.keyword) == (str(error), keyword)
 
 
 def test_other_kinds() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer.constraint.deep_stack import call_with_deep_stack
@@ -21,7 +22,7 @@ from edgeinfer.constraint.schema_text import MAX_BYTES, read_schema
 from edgeinfer.errors import ConstraintInvalid, one_line
 
 if TYPE_CHECKING:
-    from llguidance import LLParserLimits
+    from llguidance import LLParserLimits, LLTokenizer
 
 __all__ = [
     "Constraint",
@@ -29,6 +30,7 @@ __all__ = [
     "as_lark",
     "check_constraint",
     "checked_schema",
+    "explained",
     "grammar_of",
     "parser_limits",
     "read_schema",
@@ -57,9 +59,11 @@ def check_constraint(constraint: Constraint, name: str = "response_format") -> N
     name: what the message begins with. Raises ConstraintInvalid.
     """
     grammar = grammar_of(constraint, name)
-    fault = call_with_deep_stack(lambda: _fault_of(grammar))
+    # (a grammar of ours may have tokens of the model's vocabulary)
+    find = _fault_in_text if constraint.kind == "lark" else _fault_of
+    fault = call_with_deep_stack(lambda: find(grammar))
     if fault:
-        raise ConstraintInvalid(*_explained(fault, constraint, name))
+        raise ConstraintInvalid(*explained(fault, constraint, name))
 
 
 def grammar_of(constraint: Constraint, name: str = "response_format") -> str:
@@ -110,19 +114,46 @@ def parser_limits() -> LLParserLimits:
     )
 
 
-def _fault_of(grammar: str) -> str:
+def _fault_in_text(grammar: str) -> str:
     from llguidance import LLMatcher
 
     return LLMatcher.validate_grammar(grammar, limits=parser_limits())
 
 
-def _explained(fault: str, constraint: Constraint, name: str) -> tuple[str, str | None]:
+def _fault_of(grammar: str) -> str:
+    """Also what is only found where an answer is begun: automata that are too big, no beginning."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_bytes_as_tokens(), grammar, log_level=0, limits=parser_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher.get_error() if matcher.is_error() else ""
+
+
+@cache
+def _bytes_as_tokens() -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
+def explained(fault: str, constraint: Constraint, name: str) -> tuple[str, str | None]:
     """llguidance's complaint as a message, and the keyword it is about."""
-    said = one_line(fault, 200)
+    said = one_line(fault.partition("<non-verbose/>")[0], 200)
     if constraint.kind != "json_schema":
         return f"{name}: the {constraint.kind} cannot be used: {said}", None
+    if "NoExtensionBias" in fault:
+        return f"{name}: no JSON fits the schema: it has no beginning", None
     if "nsatisfiable" in fault:
         return f"{name}: no JSON fits the schema: {said}", None
+    if "fuel" in fault or "too big" in fault:
+        return (
+            f"{name}: the schema takes too large an automaton; use fewer alternatives, and shorter"
+            f" patterns and bounds: {said}",
+            None,
+        )
     keyword = next((each for sign, each in COMPLAINTS if sign in fault), None)
+    if keyword == "minProperties" and '"minProperties"' not in constraint.text:
+        keyword = "maxProperties"
     about = f"the schema keyword '{keyword}' cannot be used" if keyword else "the schema cannot be used"
     return f"{name}: {about}: {said}", keyword

@@ -6,10 +6,11 @@ done:
 
 - a key may be written twice, which `minProperties` counts as two: more than one free key is refused;
 - a bound or constant beyond what a double holds is rounded: refused;
-- a number between two bounds less than 1 apart may be the one that is excluded and whole: rewritten;
+- a bound that is excluded passes as a number with more digits than doubles tell apart, or as a whole
+  one: the number next to it, which is included, stands in its place;
 - `prefixItems` is dropped beside `additionalItems`: the older form of both is translated;
 - `oneOf` of references is refused though nothing fits two of them: proven here, then `anyOf`;
-- a schema that no finite answer fits is taken: refused.
+- a schema that no finite answer fits is taken, which ends in "too many items": `false` in its place.
 
 Where a schema leaves something open, the answer is held to less, which is valid: an object that lists
 its properties and does not mention `additionalProperties` gets no others (a small model would not stop
@@ -25,8 +26,15 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from edgeinfer.constraint import formats
-from edgeinfer.constraint.disjoint import are_disjoint
-from edgeinfer.constraint.finite import has_finite_answer
+from edgeinfer.constraint.bounds import MAX_BOUND, MAX_EXACT, is_exact, is_read_exactly, next_to, within
+from edgeinfer.constraint.conjunctions import (
+    MAX_MULTIPLE,
+    TooMuch,
+    check_conjunctions,
+    decimal_coefficient,
+)
+from edgeinfer.constraint.disjoint import Disjointness
+from edgeinfer.constraint.finite import without_endless
 from edgeinfer.constraint.keywords import (
     ANNOTATIONS,
     APPLICATORS,
@@ -37,6 +45,7 @@ from edgeinfer.constraint.keywords import (
     REFUSED,
     STRING,
     TYPES,
+    is_foreign,
 )
 from edgeinfer.constraint.patterns import PatternRefused, portable_pattern
 from edgeinfer.constraint.schema_text import check_size, combines, draft_of, refers_to
@@ -44,9 +53,6 @@ from edgeinfer.errors import ConstraintInvalid
 
 MAX_REFERENCES = 500  # different ones
 MAX_LENGTH = 2**20  # of strings, arrays and objects
-MAX_MULTIPLE = 10_000  # an automaton with that many states
-MAX_EXACT = 2**53  # integers beyond are not all doubles
-MOST_FRACTION_DIGITS = 15  # that doubles tell apart
 
 # How JSON is written. Without blanks, of which a small model writes pages. Without \uXXXX: spelt with it
 # a key would pass for another one, and every character that JSON needs escaped but DEL has a short form
@@ -57,6 +63,8 @@ COMPACT: Mapping[str, Any] = {
     "key_separator": ":",
     "json_allowed_escapes": 'nrbtf\\"',
 }
+
+APPLIED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
 
 Schema = bool | dict[str, Any]
 
@@ -78,18 +86,25 @@ class _Reader:
         self._closes_objects = not combines(root)
         self._definitions: dict[str, str] = {}  # pointer into the user's schema -> name in ours
         self._unread: list[str] = []  # of those pointers
+        self._meant: dict[str, Mapping[str, Any] | None] = {}  # reference -> what it says in the end
+        self._disjointness = Disjointness(self._dereferenced_or_none)
 
     def document(self) -> dict[str, Any]:
-        root = self._schema(self._root, "#")
+        root: Schema = self._schema(self._root, "#")
         definitions: dict[str, Schema] = {}
         while self._unread:
             pointer = self._unread.pop()
             definitions[self._definitions[pointer]] = self._schema(self._resolve(pointer, "#"), pointer)
-        if not has_finite_answer(root, definitions):
+        root, definitions = without_endless(root, definitions)
+        if root is False:
             raise ConstraintInvalid(
                 f"{self._name}: no finite JSON fits the schema: it is false, or requires a property that"
                 " refers back to its own object"
             )
+        try:
+            check_conjunctions(root, definitions)
+        except TooMuch as error:
+            self._unsupported(error.keyword, "#", f"{error}")
         document: dict[str, Any] = dict(root) if isinstance(root, dict) else {}
         if definitions:
             document["$defs"] = definitions
@@ -114,6 +129,7 @@ class _Reader:
             return schema
         if not isinstance(schema, dict):
             raise ConstraintInvalid(f"{self._name}: the schema at {at} must be an object or a boolean")
+        schema = _without_unevaluated(schema)
         self._check_keywords(schema, at)
         types = self._types(schema, at)
         described: dict[str, Any] = {}
@@ -143,7 +159,7 @@ class _Reader:
                 self._unsupported(keyword, at, "only the whole schema may have a name of its own")
             if keyword == "$schema" and (not isinstance(value, str) or self._draft is None):
                 self._unsupported(keyword, at, "known are the drafts 4, 6, 7, 2019-09 and 2020-12")
-            if keyword not in ANNOTATIONS and not keyword.startswith("x-"):
+            if keyword not in ANNOTATIONS and not is_foreign(keyword):
                 near = get_close_matches(keyword, sorted(ENFORCED), n=1)
                 hint = (
                     f"did you mean '{near[0]}'?"
@@ -208,19 +224,23 @@ class _Reader:
         types: list[str] | None,
         described: dict[str, Any],
     ) -> None:
+        whole = types is not None and "integer" in types and "number" not in types
         for keyword in ("minimum", "maximum"):
             if keyword in schema:
-                described[keyword] = self._exact(keyword, schema[keyword], at)
+                described[keyword] = self._bound(keyword, schema[keyword], at)
         for keyword, beside in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
             value = schema.get(keyword)
             if value is True and beside in described:  # draft 4
-                described[keyword] = described.pop(beside)
-            elif value is not None and not isinstance(value, bool):
-                described[keyword] = self._exact(keyword, value, at)
+                value = described.pop(beside)
             elif keyword in schema and value is not False:
-                self._wrong(keyword, at, "a number")
-            if keyword in described and types != ["integer"]:
-                _leave_out(described, keyword, beside)
+                value = self._exact(keyword, value, at)
+            if value is None or isinstance(value, bool):
+                continue
+            inner = next_to(value, above=beside == "minimum", whole=whole)
+            if inner is None:
+                self._unsupported(keyword, at, f"numbers next to it are not told apart; use {beside}")
+            narrower = max if beside == "minimum" else min
+            described[beside] = narrower(described.get(beside, inner), inner)
         if "multipleOf" in schema:
             described["multipleOf"] = self._multiple(schema["multipleOf"], at)
         wanted = schema.get("format")
@@ -232,10 +252,19 @@ class _Reader:
         elif wanted is not None and not _may_be(types, "string"):
             self._unsupported("format", at, f"{str(wanted)[:40]!r} is no format of numbers; remove it")
 
+    def _bound(self, keyword: str, value: object, at: str) -> int | float:
+        """One that is out of reach is brought as near as is exact: that of 64-bit integers is common."""
+        if isinstance(value, int) and not isinstance(value, bool) and not is_exact(value):
+            if keyword == "minimum" and value < 0:
+                return -MAX_BOUND if value < -MAX_BOUND else -MAX_EXACT
+            if keyword == "maximum" and value > 0:
+                return MAX_BOUND if value > MAX_BOUND else MAX_EXACT
+        return within(self._exact(keyword, value, at), above=keyword == "minimum")
+
     def _exact(self, keyword: str, value: object, at: str) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._wrong(keyword, at, "a number")
-        if not _is_exact(value):
+        if not is_exact(value):
             self._unsupported(keyword, at, "the number has more digits than are told apart")
         return value
 
@@ -249,8 +278,8 @@ class _Reader:
             self._unsupported(
                 "multipleOf", at, "only whole numbers, halves, quarters, … down to 1/1024 are"
             )
-        if numerator > MAX_MULTIPLE:
-            self._unsupported("multipleOf", at, f"at most {MAX_MULTIPLE}")
+        if decimal_coefficient(value) > MAX_MULTIPLE:
+            self._unsupported("multipleOf", at, f"at most {MAX_MULTIPLE}, its point left out")
         return numerator if denominator == 1 else value
 
     def _counts(
@@ -365,11 +394,17 @@ class _Reader:
             for key in allowed:
                 properties.setdefault(key, True if others is None else others)
             return False
-        if said.keys() != {"pattern"} or properties or patterns:
+        is_length = said.keys() <= {"minLength", "maxLength"}
+        if not (is_length or said.keys() == {"pattern"}) or properties or patterns:
             self._unsupported(
-                "propertyNames", at, "only as a list of names (enum), or as a pattern alone"
+                "propertyNames", at, "only as a list of names (enum), or as a pattern or lengths alone"
             )
-        pattern = said["pattern"]
+        if is_length:
+            counts: dict[str, Any] = {}
+            self._counts(said, f"{at}/propertyNames", ("minLength", "maxLength"), counts)
+            pattern = rf"^[\s\S]{{{counts.get('minLength', 0)},{counts.get('maxLength', '')}}}$"
+        else:
+            pattern = said["pattern"]
         self._pattern("pattern", pattern, f"{at}/propertyNames")
         patterns[pattern] = True if others is None else others
         return False
@@ -412,7 +447,7 @@ class _Reader:
             applied["anyOf"] = self._branches("anyOf", schema, at)
         if "oneOf" in schema:
             branches = self._branches("oneOf", schema, at)
-            if not are_disjoint(schema["oneOf"], self._dereferenced_or_none):
+            if not self._disjointness.holds(schema["oneOf"]):
                 self._unsupported(
                     "oneOf",
                     at,
@@ -442,8 +477,10 @@ class _Reader:
             elif isinstance(each, str):
                 if any(c == "\x7f" or (c < " " and c not in "\b\f\n\r\t") for c in each):
                     self._unsupported(keyword, at, "a control character in a value cannot be written")
-            elif each is not None and not isinstance(each, bool):
-                self._exact(keyword, each, at)
+            elif each is None or isinstance(each, bool):
+                continue
+            elif not is_read_exactly(self._exact(keyword, each, at)):
+                self._unsupported(keyword, at, "the number has more digits than are told apart")
         return value
 
     # -- references ------------------------------------------------------------------------------
@@ -475,19 +512,43 @@ class _Reader:
 
     def _dereferenced(self, schema: object, at: str) -> Mapping[str, Any]:
         """What a schema that may be nothing but a reference says."""
+        passed: list[str] = []
+        found: Mapping[str, Any] | None = None
         for _ in range(MAX_REFERENCES):
             if not isinstance(schema, dict):
-                return {} if schema is True else {"not": {}}
+                found = {} if schema is True else {"not": {}}
+                break
             if "$ref" not in schema or any(key in ENFORCED for key in schema if key != "$ref"):
-                return schema
-            schema = self._resolve(self._pointer(schema["$ref"], at), at)
-        return self._wrong("$ref", at, "the place of a schema, not a circle of references")
+                found = schema
+                break
+            reference = schema["$ref"]
+            if isinstance(reference, str) and reference in self._meant:
+                found = self._meant[reference]
+                break
+            schema = self._resolve(self._pointer(reference, at), at)
+            passed.append(reference)
+        for reference in passed:
+            self._meant[reference] = found
+        if found is None:
+            self._wrong("$ref", at, "the place of a schema, not a circle of references")
+        return found
 
     def _dereferenced_or_none(self, schema: object) -> Mapping[str, Any] | None:
         try:
             return self._dereferenced(schema, "#")
         except ConstraintInvalid:
             return None
+
+
+def _without_unevaluated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Where nothing but the schema's own keywords looks at properties, what those leave is what
+    `additionalProperties` is about; and true says nothing."""
+    rest = schema.get("unevaluatedProperties")
+    if rest is True or (rest is False and not (APPLIED & schema.keys())):
+        schema = {key: value for key, value in schema.items() if key != "unevaluatedProperties"}
+        if rest is False:
+            schema.setdefault("additionalProperties", False)
+    return schema
 
 
 def _meant_type(schema: Mapping[str, Any]) -> list[str] | None:
@@ -500,29 +561,8 @@ def _meant_type(schema: Mapping[str, Any]) -> list[str] | None:
     return None
 
 
-def _leave_out(described: dict[str, Any], keyword: str, beside: str) -> None:
-    """Write a whole-number bound that is excluded as the number next to it, which is included: the bound
-    itself passes else as a number without a fraction, if the other bound is less than 1 away."""
-    bound = described[keyword]
-    if not float(bound).is_integer():
-        return
-    step = 10.0 ** -(MOST_FRACTION_DIGITS - len(str(abs(int(bound)))) + 1)
-    next_to_it = bound + step if keyword == "exclusiveMinimum" else bound - step
-    if next_to_it == bound:
-        return
-    del described[keyword]
-    inner = max if keyword == "exclusiveMinimum" else min
-    described[beside] = inner(described.get(beside, next_to_it), next_to_it)
-
-
 def _may_be(types: list[str] | None, wanted: str) -> bool:
     return types is None or wanted in types
-
-
-def _is_exact(value: int | float) -> bool:
-    if isinstance(value, int):
-        return abs(value) <= MAX_EXACT or (abs(value) < 2**62 and int(float(value)) == value)
-    return math.isfinite(value) and (abs(value) < 2**62 or not value.is_integer())
 
 
 def _escaped(key: str) -> str:

@@ -45,9 +45,16 @@ ANNOTATIONS = frozenset(
         *("$comment", "$defs", "definitions", "$anchor", "$schema", "$id", "id", "$vocabulary"),
         *("contentMediaType", "contentEncoding", "contentSchema"),
         *("discriminator", "nullable", "externalDocs", "xml"),
+        *("unit", "units", "placeholder", "hint", "label", "widget", "order", "version", "tags"),
         *("propertyOrdering", "markdownDescription", "enumNames", "enumDescriptions", "errorMessage"),
     }
 )
+
+
+def is_foreign(keyword: str) -> bool:
+    """Whether it is marked as no keyword: `x-order`, `ui:widget`, `_comment`."""
+    return keyword.startswith(("x-", "_")) or ":" in keyword
+
 
 # The same keyword may be without effect: `uniqueItems: false` is taken.
 REFUSED = {

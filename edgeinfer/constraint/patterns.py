@@ -1,9 +1,10 @@
 """Regular expressions of schemas (ECMA-262), made such that llguidance means the same by them or less.
 
 Its dialect is that of Rust's regex crate. What means another thing there is refused (`[a&&b]` is an
-intersection, `\\z` an end), as is what it has not (look-around, back references). `.` and `\\s` are
-narrowed to what every dialect takes: Python's `re`, which validates many answers, and ECMAScript differ
-in them.
+intersection, `\\z` an end), as is what it has not (look-around, back references). `.`, `\\s` and the
+negations of `\\w`, `\\d` and `\\s` are narrowed to what every dialect takes: Python's `re`, which
+validates many answers, and ECMAScript differ in them. A control character cannot be written (COMPACT
+in `json_schema.py`), so what asks for one is refused: the answer would get stuck before it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,23 @@ MAX_CHARACTERS = 2000
 MAX_COUNT = 10_000  # of {n,m}
 MAX_NESTED_COUNT = 1_000  # of one inside another, multiplied: 17 ms a token at 90,000
 
-_ESCAPED_LETTERS = "dDwWsSnrtfv"
 _HEX = re.compile(r"x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4}")
 _PROPERTY = re.compile(r"[pP]\{[A-Za-z_=]{1,60}\}")
 _COUNT = re.compile(r"\{([0-9]{1,6})(?:(,)([0-9]{1,6})?)?\}")
 _GROUP = re.compile(r"\?:|\?P?<[A-Za-z_][A-Za-z0-9_]*>")
+_WORD = r"\p{L}\p{M}\p{N}\p{Pc}\x{200c}\x{200d}"
 _SPACES = r"\t\n\v\f\r "
+# Escape -> what stands for it alone, in a class, and in a negated class. (Its own \w and \d are ASCII.)
+_CLASSES = {
+    "s": (f"[{_SPACES}]", _SPACES, r"\s\x{feff}"),
+    "S": (r"[^\s\x{feff}]", r"[^\s\x{feff}]", f"[^{_SPACES}]"),
+    "W": (rf"[^{_WORD}]", rf"[^{_WORD}]", r"[^A-Za-z0-9_]"),
+    "D": (r"[^\p{Nd}]", r"[^\p{Nd}]", "[^0-9]"),
+    "w": (r"\w", r"\w", _WORD),
+    "d": (r"\d", r"\d", r"\p{Nd}"),
+}
+_CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
+_UNWRITABLE = frozenset({*range(32), 127}) - set(b"\b\f\n\r\t")
 _LINE_ENDS = r"\n\r\x{2028}\x{2029}"
 
 # Look-around that a common tool writes, and the same without it. zod 4: no dot first, last or doubled.
@@ -126,22 +138,31 @@ class _Reader:
         elif character in "}]":
             self._put("\\" + character, 1)
         else:
+            self._must_be_writable(ord(character))
             self._take(1)
 
-    def _escape(self, *, in_class: bool, negated: bool) -> None:
+    def _must_be_writable(self, code: int | None) -> None:
+        if code in _UNWRITABLE:
+            raise PatternRefused("a control character in a value cannot be written")
+
+    def _escape(self, *, in_class: bool, negated: bool) -> int | None:
+        """Returns the character it stands for, if it is one and known."""
         after = self._pattern[self._at + 1 : self._at + 2]
         found = _HEX.match(self._pattern, self._at + 1) or _PROPERTY.match(self._pattern, self._at + 1)
+        code = None
         if found is not None:
+            code = int(found.group()[1:], 16) if after in "xu" else None
             self._take(1 + len(found.group()))
-        elif after == "s":
-            spaces = r"\s\x{feff}" if negated else _SPACES
-            self._put(spaces if in_class else f"[{spaces}]", 2)
-        elif after == "S" and not in_class:
-            self._put(r"[^\s\x{feff}]", 2)
-        elif after and (after in string.punctuation or after in _ESCAPED_LETTERS):
+        elif after in _CLASSES:
+            self._put(_CLASSES[after][in_class + negated], 2)
+        elif after and (after in string.punctuation or after in _CONTROLS):
+            code = _CONTROLS.get(after, ord(after))
             self._take(2)
         else:
             raise PatternRefused(f"the escape \\{after} is not supported")
+        if not in_class:
+            self._must_be_writable(code)
+        return code
 
     def _character_class(self) -> None:
         self._take(1)
@@ -150,17 +171,36 @@ class _Reader:
             self._take(1)
         if self._pattern.startswith("]", self._at):
             raise PatternRefused("[] and [^] are not supported")
+        codes: list[int | None] = []  # None: any number of characters; "-" is 45
         while self._at < len(self._pattern):
             character = self._pattern[self._at]
             if character == "]":
                 self._take(1)
+                if not negated and not _has_writable(codes):
+                    self._must_be_writable(0)
                 return
             if character == "\\":
-                self._escape(in_class=True, negated=negated)
-            elif character in "[&~":  # sets and set operations in one dialect, ordinary in the other
+                codes.append(self._escape(in_class=True, negated=negated))
+                continue
+            codes.append(ord(character))
+            if character in "[&~":  # sets and set operations in one dialect, ordinary in the other
                 self._put("\\" + character, 1)
             elif self._pattern.startswith("--", self._at):
                 raise PatternRefused("-- in a class is not supported; put the - last")
             else:
                 self._take(1)
         raise PatternRefused("it has a [ without its ]")
+
+
+def _has_writable(codes: list[int | None]) -> bool:
+    """Of a class. A range is one if a character in it is."""
+    at = 0
+    while at < len(codes):
+        first, last = codes[at], codes[at]
+        if at + 2 < len(codes) and codes[at + 1] == ord("-"):
+            last = codes[at + 2]
+            at += 2
+        at += 1
+        if first is None or last is None or not _UNWRITABLE.issuperset(range(first, last + 1)):
+            return True
+    return False

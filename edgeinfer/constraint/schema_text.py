@@ -16,6 +16,7 @@ MAX_VALUES = 20_000  # of JSON, constants and annotations included
 MAX_CHOICES = 5_000  # values in all enums together
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no UTF-8 has it
 _DRAFT = re.compile(r"https?://json-schema\.org/(?:draft-0?(\d)|draft/(20\d\d)-\d\d)/schema#?")
 _NEWEST = 2020
 
@@ -50,6 +51,9 @@ def check_size(schema: object, name: str) -> None:
         count += 1
         if count > MAX_VALUES:
             raise ConstraintInvalid(f"{name}: the schema has more than {MAX_VALUES} values")
+        texts = (value,) if isinstance(value, str) else value if isinstance(value, dict) else ()
+        if any(isinstance(each, str) and _HALF.search(each) for each in texts):
+            raise ConstraintInvalid(f"{name}: the schema has half a character, \\ud800 to \\udfff")
         if isinstance(value, dict | list) and depth > MAX_DEPTH:
             _too_deep(name)
         if isinstance(value, dict):

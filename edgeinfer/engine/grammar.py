@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from edgeinfer.constraint import Constraint, grammar_of, parser_limits
+from edgeinfer.constraint import Constraint, explained, grammar_of, parser_limits
 from edgeinfer.constraint.deep_stack import call_with_deep_stack
 from edgeinfer.engine.closing import find_closing
 from edgeinfer.engine.json_text import BEGIN, FRACTION, MOST_DIGITS, STRING, WHOLE, State, advance
@@ -59,7 +59,9 @@ class Grammars:
             lambda: LLMatcher(table.native, grammar, log_level=0, limits=limits)
         )
         if parser.is_error():
-            raise ConstraintInvalid(f"the answer's {constraint.kind} cannot be used: {_reason(parser)}")
+            if constraint.kind == "lark":  # nobody wrote that: it may be about tools, too
+                raise ConstraintInvalid(f"the answer's lark cannot be used: {_reason(parser)}")
+            raise ConstraintInvalid(*explained(parser.get_error(), constraint, "response_format"))
         return Matcher(parser, table, constraint)
 
 
@@ -73,8 +75,10 @@ class Matcher:
     def __init__(self, parser: LLMatcher, table: TokenTable, constraint: Constraint) -> None:
         self._parser = parser
         self._table = table
-        # Where in a JSON text it stands, after each token; empty for other constraints.
-        self._states: list[State] = [BEGIN] if constraint.is_json else []
+        self._is_json = constraint.is_json
+        # Where in a JSON text it stands, after each token. A grammar of ours has JSON in places, where
+        # only numbers are followed; empty for a regex.
+        self._states: list[State] = [BEGIN] if constraint.kind != "regex" else []
         self._look_at = FIRST_LOOK  # tokens left
         self._closing: list[int] | None = None  # what is left of the only way, once it is taken
         self._num_accepted = 0
@@ -139,7 +143,8 @@ class Matcher:
             raise self._failure()
         self._num_accepted += 1
         if self._states:
-            self._states.append(advance(self._states[-1], self._table.pieces[token]))
+            piece = self._table.pieces[token]
+            self._states.append(advance(self._states[-1], piece, has_strings=self._is_json))
 
     def _take_back(self, num_tokens: int) -> None:
         if not self._parser.rollback(num_tokens):
@@ -171,19 +176,22 @@ class Matcher:
         piece = self._table.pieces[token]
         if not any(byte in piece for byte in _OPENERS):
             return False
-        is_in_string = self._states and self._states[-2][0] == self._states[-1][0] == STRING
+        is_in_string = self._is_json and self._states[-2][0] == self._states[-1][0] == STRING
         return not is_in_string or b'"' in piece
 
     def _find(self, most: int) -> list[int] | None:
-        state = self._states[-1] if self._states else None
+        state = self._states[-1] if self._is_json else None
         return find_closing(self._parser, self._table, state, most)
 
     def _with_fewer_digits(self, mask: bytes) -> bytes:
         place, digits = self._states[-1]
         left = MOST_DIGITS[place] - digits
-        if left >= self._table.most_digits:
+        if left >= self._table.most_digits and not self._table.has_long_numbers:
             return mask
         allowed = int.from_bytes(mask, "little")
+        # A quote never follows a number in our grammars, and always may in free text and in a string.
+        if not self._is_json and allowed & self._table.quotes:
+            return mask
         fewer = allowed & self._table.with_digits(max(0, left))
         if not fewer and place == FRACTION:  # 0.000… may not end yet
             fewer = allowed & self._table.not_zero

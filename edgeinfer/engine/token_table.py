@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgeinfer.engine.json_text import TOO_LONG
+
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
@@ -65,14 +67,19 @@ class TokenTable:
         self.most_digits = int(digits.max(initial=0))
         self._leading_digits = digits
         self._starts_at_zero = np.array([p[:1] == b"0" for p in self.pieces])
+        self._is_too_long = np.array([TOO_LONG.search(p) is not None for p in self.pieces])
+        self.has_long_numbers = bool(self._is_too_long.any())
+        self.quotes = _as_number(np.array([p[:1] == b'"' for p in self.pieces]))
         self._masks: dict[int, int] = {}
         self.closing_ways = _closing_ways(self.pieces)
 
     def with_digits(self, most: int) -> int:
-        """A mask, as a number, of the tokens that begin with at most so many digits."""
+        """A mask, as a number, of the tokens that begin with at most so many digits, and have no number
+        in them that is too long by itself."""
         mask = self._masks.get(most)
         if mask is None:
-            mask = self._masks[most] = _as_number(self._leading_digits <= most)
+            chosen = (self._leading_digits <= most) & ~self._is_too_long
+            mask = self._masks[most] = _as_number(chosen)
         return mask
 
     @property

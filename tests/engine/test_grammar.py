@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from edgeinfer.constraint import Constraint
+from edgeinfer.constraint import Constraint, as_lark
 from edgeinfer.engine.engine import CLOSED_EARLY
 from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.json_text import BEGIN, ESCAPE, FRACTION, OUTSIDE, POWER, STRING, WHOLE, advance
@@ -215,6 +216,62 @@ def test_digits_that_a_double_does_not_tell_apart_are_not_written(
     jsonschema.validate(json.loads(text), schema)
 
 
+def test_numbers_in_a_grammar_do_not_go_on_for_ever_either() -> None:
+    schema = as_lark(
+        Constraint("json_schema", '{"type":"object","additionalProperties":{"type":"number"}}')
+    )
+    matcher = GRAMMARS.matcher(
+        Constraint(
+            "lark",
+            'start: THOUGHT "</think>" answer\nTHOUGHT: /[^<]*/\n'
+            + schema.replace("start", "answer", 1),
+        )
+    )
+    thought = "it's \"0." + "3" * 60 + " e1" + "0" * 99 + "\\</think>"
+    for text, ends in (
+        (thought + '{"a":0.29999999999999', True),
+        ("9", False),
+        (',"0.' + "1" * 60 + 'e999":1e9', True),
+        ("9", False),
+        (',"b":' + "1" * 39, True),
+        ("1", False),
+    ):
+        for byte in text.encode():
+            assert byte in allowed(matcher), text
+            matcher.accept(byte)
+        assert (ord("9") in allowed(matcher)) == ends
+        assert ord("}") in allowed(matcher)
+    matcher.rollback(1)
+    assert ord("9") in allowed(matcher)
+
+
+def test_a_regex_may_have_as_many_digits_as_it_says() -> None:
+    matcher = GRAMMARS.matcher(Constraint("regex", r"\d{1,60}"))
+    for _ in range(60):
+        assert ord("1") in allowed(matcher)
+        matcher.accept(ord("1"))
+
+
+class LongNumbers(ByteTokenizer):
+    """Some of its words are numbers, as in vocabularies that have seen much code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces += [b".0000000000000000", b"e999", b"1" * 41, b"e10", b".5"]
+
+
+def test_a_token_with_too_long_a_number_does_not_come() -> None:
+    tokenizer = LongNumbers()
+    matcher = Grammars(tokenizer, tokenizer.vocab_size).matcher(
+        Constraint("json_schema", '{"type":"number"}')
+    )
+    first = ByteTokenizer().vocab_size
+    matcher.accept(ord("1"))
+    mask = matcher.mask()
+    found = [t for t in range(first, tokenizer.vocab_size) if mask[t // 8] >> t % 8 & 1]
+    assert [tokenizer.piece(token) for token in found] == [b"e10", b".5"]
+
+
 # -- ending in time ------------------------------------------------------------------------------
 
 ROWS = {
@@ -404,7 +461,13 @@ SCHEMAS = st.recursive(
     ),
     max_leaves=6,
 )
-CHECKED = jsonschema.FormatChecker(["date", "ipv4", "email"])
+# Of two formats, exactly one holds only for who looks at formats at all.
+CHECKED = jsonschema.FormatChecker(["date", "ipv4", "email", "uuid"])
+
+
+@CHECKED.checks("time", raises=ValueError)
+def is_time(value: object) -> bool:
+    return not isinstance(value, str) or bool(datetime.time.fromisoformat(value))
 
 
 @given(SCHEMAS, st.integers(0, 2**32))
@@ -427,7 +490,8 @@ def test_answers_of_the_engine_are_valid_where_they_stop(schema: dict[str, Any],
         return
     assert ended.outcome == "finished", ended.error
     if ended.stats.finish_reason == "stop":
-        jsonschema.Draft202012Validator(schema).validate(json.loads(ended.stats.text))
+        validator = jsonschema.Draft202012Validator(schema, format_checker=CHECKED)
+        validator.validate(json.loads(ended.stats.text))
 
 
 # -- the engine ----------------------------------------------------------------------------------
