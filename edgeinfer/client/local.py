@@ -12,7 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
-from edgeinfer.constraint import Constraint, as_lark
+from edgeinfer.constraint import Constraint, as_lark, check_constraint
 from edgeinfer.engine.process import EngineProcess
 from edgeinfer.engine.request import Ended, EngineStatus, Event, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
@@ -248,6 +248,8 @@ class LocalClient(Client):
         tags = reasoning_tags(self._plan.template) if self._plan else None
         if tags is None or constraint.kind == "regex":
             return constraint
+        if constraint.is_json:
+            check_constraint(constraint)  # inside another grammar its faults could not be named
         grammar = constrained_after_reasoning(
             as_lark(constraint),
             tags,

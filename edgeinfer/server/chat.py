@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeinfer.client import NO_STOP_STRINGS, Ended, Event, Message, Queued, Request, RunStats, Text
-from edgeinfer.constraint import Constraint, as_lark, checked_schema
+from edgeinfer.constraint import Constraint, as_lark, check_constraint, checked_schema
 from edgeinfer.server.choice import Choice
 from edgeinfer.server.dialect import Dialect
 from edgeinfer.server.errors import ApiError, invalid
@@ -124,6 +124,7 @@ def _constraint_of(
     """What holds the answer: the form of calls, the reply's format, or that it is one of both."""
     reply = None
     if wanted is not None and tools:
+        check_constraint(wanted)  # inside another grammar its faults could not be named
         reply = as_lark(wanted).removeprefix("start:").strip()
     calls = dialect.grammar(tools, choice, parallel=parallel, reply=reply)
     return wanted if calls is None else Constraint("lark", calls)
