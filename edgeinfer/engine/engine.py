@@ -71,6 +71,7 @@ CLOSED_EARLY = (
     "the answer was brought to its end within its limit of tokens; a larger one lets it say more"
 )
 BUSY = "other programs keep the processor busy: fewer threads answered for a while"
+MOST_TELL_STRETCH = 3.0  # from six streams on; ten times a second still reads as a stream
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
@@ -101,8 +102,9 @@ class Engine:
     ) -> None:
         """max_running: requests that run at once. cache_bytes: host memory for idle conversations.
         tell_interval_s: while there is nothing but tokens to decode, their text is worked out and told
-        so far apart. (Between two steps everything the engine needs has left the processor's caches
-        for the weights: doing it for five tokens at once costs little more than for one.)
+        so far apart, and up to three times as far where there are many streams. (Between two steps
+        everything the engine needs has left the processor's caches for the weights: doing it for five
+        tokens at once costs little more than for one.)
         tuner: chooses every step's threads and padding; None leaves them as the runtime was loaded.
         """
         self.runtime = runtime
@@ -442,7 +444,7 @@ class Engine:
             self._tell_now
             or self._events
             or self._waiting
-            or now - self._told >= self._tell_interval_s
+            or now - self._told >= self._tell_interval_s * self._tell_stretch()
             or not all(running.is_decoding for running in self._running)
         ):
             return
@@ -450,6 +452,11 @@ class Engine:
         for running in self._running:
             running.read(self.runtime.tokenizer)
             self._events += running.take_untold()
+
+    def _tell_stretch(self) -> float:
+        """How much rarer the texts of several streams are told: each has to wake its reader, on a core
+        that decodes (8 streams on two cores: 5 to 8 % of their speed), and each of them is slower."""
+        return min(MOST_TELL_STRETCH, max(1.0, len(self._running) / 2))
 
     def _logprob(self, logits: Logits, token: int, wanted: int) -> TokenLogprob:
         """Of the model's own distribution, before samplers cut or scale it."""

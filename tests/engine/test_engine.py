@@ -181,6 +181,16 @@ def test_text_is_not_held_back_while_a_prompt_is_read() -> None:
     assert len(driver.events[1]) > before + 2
 
 
+def test_texts_of_many_streams_are_told_more_rarely() -> None:
+    driver = Driver(make_engine(tell_interval_s=NEVER, sequences=8))
+    found = []
+    for number in range(1, 9):
+        driver.submit(number, asked(tokens_of(number, 5), 40))
+        driver.step()
+        found.append(driver.engine._tell_stretch())
+    assert found == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
+
+
 def test_the_model_ends_its_answer_itself() -> None:
     driver = Driver(make_engine(Script(answers={"*": "Hi there."})))
     prompt = b"<|im_start|>assistant\n"
