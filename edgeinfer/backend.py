@@ -74,6 +74,7 @@ class RuntimeSettings:
     gpu_layers: int = -1  # -1: all that fit; 0: none
     mmap: bool = True  # where it costs no second copy of the weights
     adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
+    kv_layout: Literal["auto", "shared", "private"] = "auto"  # where the backend has both
 
 
 @dataclass(frozen=True)

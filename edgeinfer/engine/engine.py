@@ -594,7 +594,7 @@ class Engine:
         forks it, and it is read once. (Several answers to one prompt come at once, as do several
         chats with one system prompt.)"""
         facts = self.runtime.facts
-        if waiting.request.embedding or not facts.can.fork or facts.kv_layout != "shared":
+        if waiting.request.embedding or not facts.can.fork:
             return False
         limit = len(waiting.prompt) - 1
         for running in self._running:
@@ -670,7 +670,7 @@ class Engine:
 
     def _best_running(self, prompt: Sequence[int], limit: int) -> tuple[RunningRequest | None, int]:
         best, length = None, 0
-        if not self.runtime.facts.can.fork or self.runtime.facts.kv_layout != "shared":
+        if not self.runtime.facts.can.fork:
             return best, length
         for running in self._running:
             if running.request.embedding:

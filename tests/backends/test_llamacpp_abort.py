@@ -15,7 +15,9 @@ from tests.fixtures_gguf import write_tiny_gguf
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
-SETTINGS = RuntimeSettings(context=512, sequences=2, threads=1, threads_batch=1, gpu_layers=0)
+SETTINGS = RuntimeSettings(
+    context=512, sequences=2, threads=1, threads_batch=1, gpu_layers=0, kv_layout="shared"
+)
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ def require(runtime: Runtime, *capabilities: str) -> None:
             pytest.skip(f"{runtime.facts.backend} does not declare `{name}`")
 
 
+def require_one_pool(runtime: Runtime) -> None:
+    """Skip the test where each sequence has room for a whole context, whatever the others hold."""
+    facts = runtime.facts
+    if facts.cells >= facts.max_sequences * facts.context:
+        pytest.skip(f"{facts.backend} here has a stream of cells for each sequence")
+
+
 def ordinary_tokens(runtime: Runtime) -> list[int]:
     """Every token that is text."""
     tokenizer = runtime.tokenizer

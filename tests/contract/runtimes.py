@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from edgeinfer.backend import Backend, MemoryItem, RuntimeSettings
 from edgeinfer.registry import get_backend
@@ -26,15 +27,21 @@ class RuntimeFactory:
     name: str
     find_backend: Callable[[], Backend]
     make_files: Callable[[Path], ModelFiles]
+    kv_layout: Literal["auto", "shared", "private"] = "auto"
+    least_sequences: int = 1  # where there are as many handles as sequences
 
     def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
         files = self.make_files(folder)
         config = resolve_model(str(_opened(files))).config if files.paths else None
-        return self.find_backend().predict_memory(files, config, settings)
+        return self.find_backend().predict_memory(files, config, self._adapted(settings))
 
     def load(self, folder: Path, settings: RuntimeSettings) -> CheckedRuntime:
-        runtime = self.find_backend().load(self.make_files(folder), settings, lambda done: True)
-        return CheckedRuntime(runtime)
+        files, settings = self.make_files(folder), self._adapted(settings)
+        return CheckedRuntime(self.find_backend().load(files, settings, lambda done: True))
+
+    def _adapted(self, settings: RuntimeSettings) -> RuntimeSettings:
+        sequences = max(settings.sequences, self.least_sequences)
+        return replace(settings, kv_layout=self.kv_layout, sequences=sequences)
 
 
 def _opened(files: ModelFiles) -> Path:
@@ -76,7 +83,8 @@ def _mlx(model_type: ModelType) -> RuntimeFactory:
 RUNTIMES = (
     _scripted(Script()),
     _scripted(Script(kv_layout="private")),
-    RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf),
+    RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf, "shared"),
+    RuntimeFactory("llamacpp-private", lambda: get_backend("llamacpp"), _tiny_gguf, "private", 8),
     _mlx("llama"),
     _mlx("qwen3"),
 )

@@ -21,6 +21,7 @@ from tests.contract.driving import (
     opened,
     probe,
     require,
+    require_one_pool,
     some_tokens,
     unchanged,
 )
@@ -81,6 +82,8 @@ def test_as_many_rows_as_declared_are_computed(runtime: CheckedRuntime) -> None:
 
 def test_sequences_prefilled_in_one_step_predict_as_alone(load: Load) -> None:
     together, alone = load(), load()
+    if together.facts.kv_layout == "private" and together.facts.stable_chunk_tokens > 1:
+        pytest.skip("large steps of several sequences are not promised to be exact")
     prompts = [some_tokens(together, size, seed=size) for size in (70, 128, 101)]
     sequences = [together.open() for _ in prompts]
     parts = [SequenceStep(s, prompt) for s, prompt in zip(sequences, prompts, strict=True)]
@@ -154,6 +157,7 @@ def test_empty_sequences_cost_no_cells(runtime: CheckedRuntime) -> None:
 
 def test_running_out_of_cells_changes_nothing_and_freeing_helps(load: Load) -> None:
     tight, roomy = load(context=256, sequences=2), load()
+    require_one_pool(tight)
     prompt = some_tokens(tight, CHUNK)
     one, big = opened(tight, prompt), opened(tight, some_tokens(tight, 256, seed=1))
     while tight.free_cells() > 128:  # backends may have cells beyond the contexts

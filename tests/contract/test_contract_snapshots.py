@@ -15,6 +15,7 @@ from tests.contract.driving import (
     opened,
     probe,
     require,
+    require_one_pool,
     restored,
     snapshots,
     some_tokens,
@@ -183,6 +184,7 @@ def test_a_kv_type_that_is_not_there_is_said_and_another_taken(load: Load) -> No
 def test_restoring_without_room_changes_nothing(load: Load) -> None:
     runtime = load(context=256, sequences=1)
     require(runtime, "snapshot")
+    require_one_pool(runtime)
     sequence = opened(runtime, some_tokens(runtime, 150))
     payload = runtime.snapshot(sequence, 0, 150)
     target = runtime.open()

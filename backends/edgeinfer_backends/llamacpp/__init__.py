@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import (
@@ -19,6 +21,9 @@ from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
+
+
+log = logging.getLogger("edgeinfer.llamacpp")
 
 
 class LlamaCppBackend(Backend):
@@ -55,13 +60,19 @@ class LlamaCppBackend(Backend):
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
         from edgeinfer_backends.llamacpp.native import create_context
-        from edgeinfer_backends.llamacpp.prediction import sequence_handles
         from edgeinfer_backends.llamacpp.runtime import LlamaCppRuntime
+        from edgeinfer_backends.llamacpp.sequence_state import UnknownState
+        from edgeinfer_backends.llamacpp.streams import PrivateStreams
 
         if files.format not in self.formats:
             raise LoadFailed(f"{files.name} is a {files.format} model; llama.cpp reads GGUF files")
         if settings.adapters:
             raise LoadFailed("adapters are not supported yet")
-        handles = sequence_handles(settings.sequences)
-        native = create_context(files, settings, handles, progress)
-        return LlamaCppRuntime(native, files, settings, handles)
+        native = create_context(files, settings, progress)
+        if native.layout == "private":
+            try:
+                return PrivateStreams(native, files, settings)
+            except UnknownState as error:  # of another llama.cpp than this was written for
+                log.info("sequences share cells: %s", error)
+            native = create_context(files, replace(settings, kv_layout="shared"), progress)
+        return LlamaCppRuntime(native, files, settings)

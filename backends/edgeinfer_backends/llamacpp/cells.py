@@ -22,6 +22,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+# When half of the cells below the top is dead, and at least so many, masked cells cost more than moving
+# the live ones.
+COMPACT_AT_LEAST = 512
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -48,6 +52,7 @@ class CellTable:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.most = size  # cells that one sequence may have
         self.top = 0
         self.dead = 0  # cells below the top that only the grave holds
         self._cells: dict[int, list[int]] = {}
@@ -65,6 +70,10 @@ class CellTable:
         """None if there is no such sequence."""
         cells = self._cells.get(sequence)
         return None if cells is None else len(cells)
+
+    def can_decode(self, sequence: int) -> bool:
+        """Whether a token more needs nothing but the next cell."""
+        return self.top < self.size and self.dead < COMPACT_AT_LEAST
 
     def room(self) -> int:
         """Cells that can be filled without compaction."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeinfer.backend import MemoryForm, MemoryItem, Progress, RuntimeSettings
+from edgeinfer.backend import KvLayout, MemoryForm, MemoryItem, Progress, RuntimeSettings
 from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.llamacpp.library import abort_flag, library, native_log
 from edgeinfer_backends.llamacpp.prediction import (
@@ -16,6 +16,8 @@ from edgeinfer_backends.llamacpp.prediction import (
     may_map,
     num_cells,
     num_logit_rows,
+    sequence_handles,
+    wants_private,
 )
 from edgeinfer_models.model_files import ModelFiles
 
@@ -33,6 +35,8 @@ KV_TYPES = {
 }
 QUANTIZED_KV = frozenset(KV_TYPES) - {"f32", "f16", "bf16"}
 
+ROPE_TYPE_MROPE = 8  # enum llama_rope_type: the M-RoPE kinds have this bit (llama.h, 0.3.36)
+
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 _BUFFER_NAMES = {"model": "weights", "KV": "kv cache", "compute": "compute", "output": "logits"}
 
@@ -47,16 +51,16 @@ class NativeContext:
     memory: Any
     abort_flag: Any
     items: list[MemoryItem]
+    layout: KvLayout
+    sequences: int  # handles
     _stack: ExitStack
 
     def close(self) -> None:
         self._stack.close()
 
 
-def create_context(
-    files: ModelFiles, settings: RuntimeSettings, sequences: int, progress: Progress
-) -> NativeContext:
-    """Load the weights and make a context with room for `sequences` handles. Raises LoadFailed."""
+def create_context(files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> NativeContext:
+    """Load the weights and make a context. Raises LoadFailed."""
     lib = library()
     native_log.clear()
     with ExitStack() as stack:
@@ -71,7 +75,9 @@ def create_context(
             raise LoadFailed(f"{files.name} has no vocabulary; edgeinfer needs a text model")
         if lib.llama_model_has_encoder(model):
             raise LoadFailed(f"{files.name} is an encoder-decoder model; only decoders can be run")
-        params, flag = _context_params(lib, settings, sequences)
+        layout = _layout(lib, model, settings)
+        sequences = settings.sequences if layout == "private" else sequence_handles(settings.sequences)
+        params, flag = _context_params(lib, settings, layout)
         # LLAMA_API struct llama_context * llama_init_from_model(struct llama_model * model,
         #     struct llama_context_params params)
         context = lib.llama_init_from_model(model, params)
@@ -87,7 +93,9 @@ def create_context(
                 f"{files.name} has recurrent layers, whose state cannot be rewound; not supported yet"
             )
         items = _memory_items(native_log.size_lines())
-        return NativeContext(model, vocab, context, memory, flag, items, stack.pop_all())
+        return NativeContext(
+            model, vocab, context, memory, flag, items, layout, sequences, stack.pop_all()
+        )
 
 
 def _load_model(
@@ -122,16 +130,28 @@ def _load_model(
     return model, False
 
 
-def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tuple[Any, Any]:
+def _layout(lib: Any, model: Any, settings: RuntimeSettings) -> KvLayout:
+    has_gpu = settings.gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
+    has_window = lib.llama_model_n_swa(model) > 0
+    # M-RoPE's cells have an extension, which sequence_state.py does not know.
+    has_plain_cells = lib.llama_model_rope_type(model) < ROPE_TYPE_MROPE
+    private = wants_private(settings, has_window=has_window, has_gpu=has_gpu) and has_plain_cells
+    return "private" if private else "shared"
+
+
+def _context_params(lib: Any, settings: RuntimeSettings, layout: KvLayout) -> tuple[Any, Any]:
     for name in (settings.kv_type_k, settings.kv_type_v):
         if name not in KV_TYPES:
             raise LoadFailed(f"--kv-type {name} is not known to llama.cpp; one of {', '.join(KV_TYPES)}")
     if settings.kv_type_v in QUANTIZED_KV and not settings.flash_attention:
         raise LoadFailed(f"a {settings.kv_type_v} V cache needs flash attention, which is off")
     params = lib.llama_context_default_params()
-    params.n_ctx = num_cells(settings)
+    is_private = layout == "private"
+    params.n_ctx = num_cells(settings, is_private)
     params.n_batch = params.n_ubatch = min(settings.step_tokens, params.n_ctx)
-    params.n_seq_max = sequences + RESERVED_SEQUENCES
+    params.n_seq_max = settings.sequences
+    if not is_private:
+        params.n_seq_max = sequence_handles(settings.sequences) + RESERVED_SEQUENCES
     params.n_outputs_max = num_logit_rows(settings)
     if settings.threads:
         params.n_threads = settings.threads
@@ -141,7 +161,7 @@ def _context_params(lib: Any, settings: RuntimeSettings, sequences: int) -> tupl
     params.flash_attn_type = 1 if settings.flash_attention else 0
     params.type_k = KV_TYPES[settings.kv_type_k]
     params.type_v = KV_TYPES[settings.kv_type_v]
-    params.kv_unified = True  # sequences share cells: a fork copies nothing
+    params.kv_unified = not is_private  # sequences share cells: a fork copies nothing
     params.swa_full = True  # a sliding-window cache that forgets cannot be rewound or shared
     params.no_perf = True
     callback, flag = abort_flag()

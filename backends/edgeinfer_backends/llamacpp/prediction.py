@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgeinfer.backend import Device, MemoryItem, RuntimeSettings
 from edgeinfer_models.config import INPUT, OUTPUT, ModelConfig
@@ -49,8 +50,17 @@ def sequence_handles(sequences: int) -> int:
     return min(2 * sequences + 8, MAX_NATIVE_SEQUENCES - RESERVED_SEQUENCES)
 
 
-def num_cells(settings: RuntimeSettings) -> int:
+def wants_private(settings: RuntimeSettings, *, has_window: bool, has_gpu: bool) -> bool:
+    """Whether each sequence gets a stream of cells of its own (see streams.py)."""
+    if settings.kv_layout != "auto":
+        return settings.kv_layout == "private"
+    return settings.sequences > 1 and settings.flash_attention and not has_window and not has_gpu
+
+
+def num_cells(settings: RuntimeSettings, is_private: bool = False) -> int:
     """Cells asked of llama.cpp."""
+    if is_private:
+        return -(-settings.context // CELL_ROUNDING) * CELL_ROUNDING * settings.sequences
     slack = TILE_SLACK * settings.sequences if settings.sequences > 1 else 0
     return settings.context * settings.sequences + slack
 
@@ -87,18 +97,21 @@ def predict_memory(
     on_gpu = wanted if has_gpu else 0
     first_on_gpu = max(0, layers + 1 - on_gpu)
     is_mapped = settings.mmap and may_map(weight_types)
-    cells = -(-num_cells(settings) // CELL_ROUNDING) * CELL_ROUNDING
+    is_private = wants_private(settings, has_window=bool(config.sliding_window), has_gpu=on_gpu > 0)
+    settings = replace(settings, kv_layout="private" if is_private else "shared")
+    cells = -(-num_cells(settings, is_private) // CELL_ROUNDING) * CELL_ROUNDING
+    seen = cells // settings.sequences if is_private else cells  # by a row
     items = _weights(config, first_on_gpu, is_mapped)
     items += _kv_cache(config, settings, cells, first_on_gpu)
-    compute = _compute_bytes(config, settings, cells)
+    compute = _compute_bytes(config, settings, seen)
     if on_gpu:
         items.append(MemoryItem("compute", compute, "gpu"))
     # With every layer on a GPU the processor still gathers embeddings and masks; a layer left to it
     # takes the whole.
-    at_home = _inputs_bytes(config, settings, cells) if first_on_gpu == 0 else compute
+    at_home = _inputs_bytes(config, settings, seen) if first_on_gpu == 0 else compute
     items.append(MemoryItem("compute", at_home))
     items.append(MemoryItem("logits", num_logit_rows(settings) * config.vocab_size * _FLOAT))
-    items.append(MemoryItem("work", _work_bytes(config, settings, cells)))
+    items.append(MemoryItem("work", _work_bytes(config, settings, seen)))
     tables = (
         config.vocab_size * _TOKEN + config.num_merges * _MERGE + _num_caches(config) * cells * _CELL
     )
@@ -162,7 +175,9 @@ def _num_caches(config: ModelConfig) -> int:
 
 def _step_tokens(settings: RuntimeSettings, cells: int) -> int:
     """Rows of the graph that is reserved: a multiple of the sequences (graph_reserve)."""
-    sequences = sequence_handles(settings.sequences) + RESERVED_SEQUENCES
+    sequences = settings.sequences
+    if settings.kv_layout != "private":
+        sequences = sequence_handles(settings.sequences) + RESERVED_SEQUENCES
     return -(-min(settings.step_tokens, cells) // sequences) * sequences
 
 

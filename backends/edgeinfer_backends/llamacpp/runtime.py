@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgeinfer.backend import (
     BLOCK_TOKENS,
     Capabilities,
+    KvLayout,
     MemoryItem,
     Runtime,
     RuntimeFacts,
@@ -33,10 +34,11 @@ from edgeinfer.errors import (
     StepFailed,
 )
 from edgeinfer.sampling import SamplingParams
-from edgeinfer_backends.llamacpp.cells import CellTable
+from edgeinfer_backends.llamacpp.cells import COMPACT_AT_LEAST, CellTable
 from edgeinfer_backends.llamacpp.library import build_description, library, native_log, version
-from edgeinfer_backends.llamacpp.native import NativeContext
+from edgeinfer_backends.llamacpp.native import ROPE_TYPE_MROPE, NativeContext
 from edgeinfer_backends.llamacpp.samplers import LlamaSampler
+from edgeinfer_backends.llamacpp.stream_table import StreamTable
 from edgeinfer_backends.llamacpp.vocabulary import LlamaTokenizer
 from edgeinfer_models.model_files import ModelFiles
 
@@ -57,29 +59,26 @@ _new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize
 _FIRST_ROW = [0]
 _ONE_ROW = StepResult((0,), (1,))
 
-_SNAPSHOT = struct.Struct("<4sHHIII")  # magic, version, parts, start, stop, checksum of the part heads
-_SNAPSHOT_MAGIC = b"eiKV"
+SNAPSHOT = struct.Struct("<4sHHIII")  # magic, version, parts, start, stop, checksum of the part heads
+SNAPSHOT_MAGIC = b"eiKV"
 _PART = struct.Struct("<IIQ")  # start, stop, bytes
 _HEAD_BYTES = 8192  # the cells' positions and owners come first in llama.cpp's state: checked
 
-_ROPE_TYPE_MROPE = 8  # enum llama_rope_type: the M-RoPE kinds have this bit (llama.h, 0.3.36)
-
-# When this share of the cells below the top is dead, masked cells cost more than moving the live ones.
-_COMPACT_ABOVE = 0.5
-_COMPACT_AT_LEAST = 512
+_COMPACT_ABOVE = 0.5  # of the cells below the top
 
 
 class LlamaCppRuntime(Runtime):
-    """One unified KV cache, `CellTable` its mirror.
+    """The layout `shared`: one unified KV cache, `CellTable` its mirror.
 
     Three sequences of llama.cpp's are kept for our own use: `scratch` (padding rows, block copies,
     the step that computes a shift), `grave` (dead cells, see cells.py) and `guard` (a second owner
     that keeps a sliding-window cache from recycling cells while the head is not at the top).
     """
 
-    def __init__(
-        self, native: NativeContext, files: ModelFiles, settings: RuntimeSettings, sequences: int
-    ) -> None:
+    _layout: KvLayout = "shared"
+
+    def __init__(self, native: NativeContext, files: ModelFiles, settings: RuntimeSettings) -> None:
+        sequences = native.sequences
         import numpy as np
 
         self._np = np
@@ -106,8 +105,10 @@ class LlamaCppRuntime(Runtime):
         )
         self._filler = b""  # one cell's state, to fill cells with
         self._window: int = max(0, lib.llama_model_n_swa(native.model))
+        self._rope_type: int = lib.llama_model_rope_type(native.model)
         self._step_tokens: int = lib.llama_n_batch(self._ctx)
-        self._table = CellTable(lib.llama_n_ctx(self._ctx))
+        self._table: CellTable | StreamTable = self._make_table(lib.llama_n_ctx(self._ctx))
+        self._ids = list(range(sequences))  # llama.cpp's sequence for each of ours
         self._row_to_batch: list[int] = []
         # LLAMA_API float * llama_get_logits_ith(struct llama_context * ctx, int32_t i): as an address,
         # a prototype of our own, for it is called for every token
@@ -125,7 +126,6 @@ class LlamaCppRuntime(Runtime):
         # seq_id is one pointer per token, each to one id: llama_batch_init(…, n_seq_max = 1)
         self._batch_seq = [self._batch.seq_id[i] for i in range(self._step_tokens)]
         self._embedding_size: int = lib.llama_model_n_embd_out(native.model)
-        self._rope_type: int = lib.llama_model_rope_type(native.model)
         try:
             cell_bytes = self._warm_up()
         except BaseException:
@@ -140,7 +140,7 @@ class LlamaCppRuntime(Runtime):
             device=_device_name(lib, settings),
             vocab_size=self._vocab_size,
             embedding_size=self._embedding_size,
-            context=min(settings.context, self._table.size),
+            context=min(settings.context, self._table.most),
             context_trained=max(0, lib.llama_model_n_ctx_train(native.model)),
             cells=self._table.size,
             max_sequences=sequences,
@@ -150,7 +150,7 @@ class LlamaCppRuntime(Runtime):
             kv_type_k=settings.kv_type_k,
             kv_type_v=settings.kv_type_v,
             kv_bytes_per_token=cell_bytes,
-            kv_layout="shared",
+            kv_layout=self._layout,
             threads=self._default_threads[0],
             threads_batch=self._default_threads[1],
             can=Capabilities(
@@ -164,6 +164,15 @@ class LlamaCppRuntime(Runtime):
                 quantize_rows=True,
             ),
         )
+
+    def _make_table(self, cells: int) -> CellTable | StreamTable:
+        return CellTable(cells)
+
+    @property
+    def _cells(self) -> CellTable:
+        """The mirror, for those who ask which cells."""
+        assert isinstance(self._table, CellTable)
+        return self._table
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -188,6 +197,7 @@ class LlamaCppRuntime(Runtime):
             "build": build_description(),
             # llama.cpp rotates quantized K and V unless this is set: same types, other contents
             "rotation": os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0"),
+            "layout": self._layout,  # which has a form of snapshots of its own
         }
 
     def memory(self) -> list[MemoryItem]:
@@ -213,18 +223,18 @@ class LlamaCppRuntime(Runtime):
             or self._closed
             or part.logits == "none"
             or not 0 <= token < self._vocab_size
-            or table.top >= table.size
-            or table.dead >= _COMPACT_AT_LEAST
+            or not table.can_decode(sequence)
         ):
             return None
         self._batch_tokens[0] = token
         self._batch_pos[0] = length
         self._batch_logits[0] = 1
-        self._batch_seq[0][0] = sequence
+        self._batch_seq[0][0] = self._ids[sequence]
         self._begin_abortable()
         code = self._decode(1)
         self._abortable = False
         if code != 0:
+            self._undo(Step([part]))
             self._fail_step(code, 1)
         table.append(sequence, 1)
         self._row_to_batch = _FIRST_ROW
@@ -236,23 +246,32 @@ class LlamaCppRuntime(Runtime):
         # Already here: moving cells takes milliseconds, and an abort that came in them would be lost.
         self._begin_abortable()
         try:
-            self._make_room(total)
-            if self._is_tiled and total >= TILE:
-                self._align(step.parts[0].sequence, total)
-            padding = min(step.padding, self._table.room() - total, self._step_tokens - total)
-            self._fill(step, padding)
+            self._prepare(step)
+            padding = self._fill_padding(step, total)
+            self._fill(step)
             self._row_to_batch = rows
-            code = self._decode(total + padding)
+            code = self._decode(total + len(padding))
         finally:
             self._abortable = False
-        if padding:
-            # the dummies' cells are the topmost: they are given back and the head follows
-            self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        # the dummies' cells are the topmost: they are given back and the head follows
+        for dummy in set(padding):
+            self._lib.llama_memory_seq_rm(self._memory, dummy, -1, -1)
         if code != 0:
+            self._undo(step)
             self._fail_step(code, total)
         for part in step.parts:
             self._table.append(part.sequence, len(part.tokens))
         return StepResult(starts, counts)
+
+    def _prepare(self, step: Step) -> None:
+        """Room for a step, where its cells belong. Raises OutOfCells, changing nothing."""
+        total = step.num_tokens
+        self._make_room(total)
+        if self._is_tiled and total >= TILE:
+            self._align(step.parts[0].sequence, total)
+
+    def _undo(self, step: Step) -> None:
+        """After a failed step: llama.cpp has removed its positions again."""
 
     def _fail_step(self, code: int, total: int) -> NoReturn:
         self._row_to_batch = []
@@ -272,7 +291,7 @@ class LlamaCppRuntime(Runtime):
         counts: list[int] = []
         rows: list[int] = []
         offset = 0
-        for part in step.parts:
+        for part in step.parts:  # (one by one: whatever is wrong is said of the first)
             self._check_sequence(part.sequence)
             if part.sequence in seen:
                 raise ValueError(f"sequence {part.sequence} stands in the step twice")
@@ -295,7 +314,7 @@ class LlamaCppRuntime(Runtime):
             raise ValueError(f"{len(rows)} rows of logits; at most {self._settings.logit_rows}")
         return starts, counts, rows
 
-    def _fill(self, step: Step, padding: int) -> None:
+    def _fill(self, step: Step) -> None:
         offset = 0
         for part in step.parts:
             count = len(part.tokens)
@@ -304,7 +323,7 @@ class LlamaCppRuntime(Runtime):
                 self._batch_tokens[offset] = part.tokens[0]
                 self._batch_pos[offset] = begin
                 self._batch_logits[offset] = part.logits != "none"
-                self._batch_seq[offset][0] = part.sequence
+                self._batch_seq[offset][0] = self._ids[part.sequence]
                 offset += 1
                 continue
             end = offset + count
@@ -314,14 +333,21 @@ class LlamaCppRuntime(Runtime):
             if part.logits == "last":
                 self._batch_logits[end - 1] = 1
             for index in range(offset, end):
-                self._batch_seq[index][0] = part.sequence
+                self._batch_seq[index][0] = self._ids[part.sequence]
             offset = end
-        for index in range(padding):
-            self._batch_tokens[offset] = 0
-            self._batch_pos[offset] = index
-            self._batch_logits[offset] = 0
-            self._batch_seq[offset][0] = self._scratch
-            offset += 1
+
+    def _fill_padding(self, step: Step, total: int) -> list[int]:
+        """Put dummy rows behind the step's; llama.cpp's sequences that have them."""
+        count = min(step.padding, self._cells.room() - total, self._step_tokens - total)
+        for index in range(max(0, count)):
+            self._put_dummy(total + index, self._scratch, index)
+        return [self._scratch] * max(0, count)
+
+    def _put_dummy(self, offset: int, native: int, position: int) -> None:
+        self._batch_tokens[offset] = 0
+        self._batch_pos[offset] = position
+        self._batch_logits[offset] = 0
+        self._batch_seq[offset][0] = native
 
     def _decode(self, num_tokens: int) -> int:
         self._batch.n_tokens = num_tokens
@@ -424,7 +450,7 @@ class LlamaCppRuntime(Runtime):
         np, lib = self._np, self._lib
         starts, _, _ = self._check_step(Step([SequenceStep(sequence, tokens, "none")]))
         assert starts == [0]
-        self._make_room(len(tokens))
+        self._prepare_embedding(sequence, len(tokens))
         self._row_to_batch = []
         self._clear_abort()
         total = np.zeros(self._embedding_size, dtype=np.float64)
@@ -441,10 +467,13 @@ class LlamaCppRuntime(Runtime):
             lib.llama_set_embeddings(self._ctx, False)
         return [float(x) for x in total]
 
+    def _prepare_embedding(self, sequence: int, count: int) -> None:
+        self._make_room(count)
+
     def _embed_rows(self, sequence: int, tokens: Sequence[int], total: npt.NDArray[np.float64]) -> None:
         """One step of `embed`, its hidden states added to `total`."""
         np, count = self._np, len(tokens)
-        self._fill(Step([SequenceStep(sequence, tokens, "all")]), 0)
+        self._fill(Step([SequenceStep(sequence, tokens, "all")]))
         code = self._decode(count)
         if code != 0:
             self._fail_step(code, count)
@@ -483,7 +512,7 @@ class LlamaCppRuntime(Runtime):
         if not self._free_handles:
             raise OutOfCells(f"all {self._max_sequences} sequences are in use")
         target = self._free_handles.pop()
-        self._table.share(sequence, target, length)
+        self._cells.share(sequence, target, length)
         if length:
             self._copy(sequence, target, 0, length)
         return target
@@ -496,17 +525,17 @@ class LlamaCppRuntime(Runtime):
         self._check_range(sequence, start, stop)
         if not self._facts.can.evict:
             raise ValueError("this model's positions cannot be shifted")
-        if self._table.is_shared(sequence, start):
+        if self._cells.is_shared(sequence, start):
             raise SharedCells(f"positions from {start} on are shared; privatise the sequence first")
         if start == stop:
             return
-        length = self._table.length(sequence)
+        length = self._cells.length(sequence)
         if stop == length:
             self._drop(sequence, start, stop)
             return
-        if self._table.room() < 1:
+        if self._cells.room() < 1:
             self._compact(1)  # the step that computes the shift needs a cell
-        full = self._table.room() < 1
+        full = self._cells.room() < 1
         if full:
             # Not a cell anywhere: really free the first dropped one, and compact afterwards.
             self._lib.llama_memory_seq_rm(self._memory, sequence, start, start + 1)
@@ -516,12 +545,12 @@ class LlamaCppRuntime(Runtime):
         self._lib.llama_memory_seq_add(self._memory, sequence, stop, -1, start - stop)
         self._compute_shift()
         if full:
-            self._compact(self._table.size)
+            self._compact(self._cells.size)
 
     def _compute_shift(self) -> None:
         """Run one dummy position: llama.cpp applies pending shifts at the next decode only, and a
         snapshot taken before that is silently wrong (measured: KL 0.92)."""
-        guarded = self._table.sequences() if self._window else ()
+        guarded = self._cells.sequences() if self._window else ()
         for sequence in guarded:
             self._copy(sequence, self._guard, 0, -1)
         self._batch_tokens[0] = 0
@@ -541,17 +570,17 @@ class LlamaCppRuntime(Runtime):
 
     def privatise(self, sequence: int) -> None:
         self._check_sequence(sequence)
-        if not self._table.is_shared(sequence):
+        if not self._cells.is_shared(sequence):
             return
-        length = self._table.length(sequence)
-        if length > self._table.reclaimable():
+        length = self._cells.length(sequence)
+        if length > self._cells.reclaimable():
             raise OutOfCells(f"no {length} free cells to make sequence {sequence} private")
         self._make_room(length)
         parts = self._extract(sequence, 0, length)
         self._drop(sequence, 0, length)
         for start, stop, payload in parts:
             self._insert((sequence,), start, stop, payload)
-            self._table.append(sequence, stop - start)
+            self._cells.append(sequence, stop - start)
 
     def snapshot(self, sequence: int, start: int, stop: int) -> bytes:
         self._check_range(sequence, start, stop)
@@ -559,34 +588,34 @@ class LlamaCppRuntime(Runtime):
             raise ValueError(f"a snapshot holds 1 to {BLOCK_TOKENS} positions, not {stop - start}")
         if not self._window or stop - start <= self._window:
             # One part, as nearly always: written where it stays (copying megabytes takes milliseconds).
-            head = _SNAPSHOT.size + _PART.size
+            head = SNAPSHOT.size + _PART.size
             data = self._extract_part(sequence, start, stop, head)
-            _overwrite(data, _SNAPSHOT.size, _PART.pack(start, stop, len(data) - head))
+            _overwrite(data, SNAPSHOT.size, _PART.pack(start, stop, len(data) - head))
             parts = 1
         else:
-            pieces = [bytes(_SNAPSHOT.size)]
+            pieces = [bytes(SNAPSHOT.size)]
             extracted = self._extract(sequence, start, stop)
             for a, b, payload in extracted:
                 pieces += [_PART.pack(a, b, len(payload)), payload]
             data, parts = b"".join(pieces), len(extracted)
-        check = _head_checksum(memoryview(data)[_SNAPSHOT.size :])
-        _overwrite(data, 0, _SNAPSHOT.pack(_SNAPSHOT_MAGIC, 1, parts, start, stop, check))
+        check = head_checksum(memoryview(data)[SNAPSHOT.size :])
+        _overwrite(data, 0, SNAPSHOT.pack(SNAPSHOT_MAGIC, 1, parts, start, stop, check))
         return data
 
     def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
         self._check_sequence(sequence)
-        begin = self._table.length(sequence)
+        begin = self._cells.length(sequence)
         parts = _read_snapshot(payload, begin, num_positions)
-        if num_positions > self._table.reclaimable():
+        if num_positions > self._cells.reclaimable():
             raise OutOfCells(f"no {num_positions} free cells to restore into")
         self._make_room(num_positions)
         for start, stop, offset, size in parts:
             try:
                 self._insert((sequence,), start, stop, payload, offset, size)
             except SnapshotRejected:
-                self._drop(sequence, begin, self._table.length(sequence))
+                self._drop(sequence, begin, self._cells.length(sequence))
                 raise
-            self._table.append(sequence, stop - start)
+            self._cells.append(sequence, stop - start)
 
     def is_in_order(self, sequence: int) -> bool:
         self._check_sequence(sequence)
@@ -619,19 +648,19 @@ class LlamaCppRuntime(Runtime):
 
     def _make_room(self, count: int) -> None:
         """Room for `count` cells at the top. Raises OutOfCells, changing nothing."""
-        table = self._table
+        table = self._cells
         if count > table.reclaimable():
             raise OutOfCells(
                 f"{count} cells are needed and {table.reclaimable()} of {table.size} are free"
             )
-        wasteful = table.dead >= max(_COMPACT_AT_LEAST, _COMPACT_ABOVE * table.top)
+        wasteful = table.dead >= max(COMPACT_AT_LEAST, _COMPACT_ABOVE * table.top)
         if count > table.room() or wasteful:
             self._compact(count)
 
     def _align(self, sequence: int, count: int) -> None:
         """Place what a prefill of `count` tokens will read and write as in a cache of the sequence's
         own, if there is room for it."""
-        table = self._table
+        table = self._cells
         length = table.length(sequence)
         start = table.first_untiled(sequence, TILE)
         moving = length - start
@@ -656,12 +685,12 @@ class LlamaCppRuntime(Runtime):
             self._set_state(self._filler, self._scratch, 0, len(self._filler))
             self._copy(self._scratch, self._grave, 0, -1)
             self._lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-        self._table.bury(count)
+        self._cells.bury(count)
 
     def _compact(self, needed: int) -> None:
         """Take out every live cell above the lowest dead one and put it back without gaps but those that
         keep tiles aligned, as far as `needed` cells remain."""
-        table = self._table
+        table = self._cells
         if table.dead == 0:
             return
         bottom = table.lowest_dead()
@@ -688,13 +717,13 @@ class LlamaCppRuntime(Runtime):
         if start == stop:
             return
         self._row_to_batch = []
-        drop = self._table.drop(sequence, start, stop)
+        drop = self._cells.drop(sequence, start, stop)
         for begin, end in drop.buried:
             self._copy(sequence, self._grave, begin, end)
         self._lib.llama_memory_seq_rm(self._memory, sequence, start, stop)
-        if not self._table.has_live_cells() and self._table.dead:
+        if not self._cells.has_live_cells() and self._cells.dead:
             self._lib.llama_memory_seq_rm(self._memory, self._grave, -1, -1)
-            self._table.clear()
+            self._cells.clear()
 
     def _copy(self, source: int, target: int, start: int, stop: int) -> None:
         # LLAMA_API void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id seq_id_src,
@@ -720,10 +749,10 @@ class LlamaCppRuntime(Runtime):
         self._copy(sequence, self._scratch, start, stop)
         # LLAMA_API size_t llama_state_seq_get_size(struct llama_context * ctx, llama_seq_id seq_id)
         num_bytes = lib.llama_state_seq_get_size(self._ctx, self._scratch)
-        data = _unfilled(head + num_bytes)
+        data = unfilled_bytes(head + num_bytes)
         # LLAMA_API size_t llama_state_seq_get_data(struct llama_context * ctx, uint8_t * dst,
         #     size_t size, llama_seq_id seq_id)
-        target = _address(data, head)
+        target = address_of(data, head)
         written = lib.llama_state_seq_get_data(self._ctx, target, num_bytes, self._scratch)
         lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         if written != num_bytes:
@@ -761,12 +790,12 @@ class LlamaCppRuntime(Runtime):
         # LLAMA_API size_t llama_state_seq_set_data(struct llama_context * ctx, const uint8_t * src,
         #     size_t size, llama_seq_id dest_seq_id): 0 on failure
         read: int = self._lib.llama_state_seq_set_data(
-            self._ctx, _address(payload, offset), size, sequence
+            self._ctx, address_of(payload, offset), size, sequence
         )
         return read
 
     def _native_positions(self, sequence: int) -> list[int]:
-        """The positions of a sequence's cells in cell order, read from llama.cpp's state."""
+        """The positions of llama.cpp's sequence's cells in cell order, read from its state."""
         num_bytes = self._lib.llama_state_seq_get_size(self._ctx, sequence)
         buffer = (ctypes.c_uint8 * num_bytes)()
         self._lib.llama_state_seq_get_data(self._ctx, buffer, num_bytes, sequence)
@@ -794,7 +823,7 @@ class LlamaCppRuntime(Runtime):
         lib.llama_memory_clear(self._memory, False)
         caches = 2 if self._window else 1
         # position, owner count and owner; M-RoPE models also keep an extension of three integers
-        head = caches * (12 if self._rope_type < _ROPE_TYPE_MROPE else 24)
+        head = caches * (12 if self._rope_type < ROPE_TYPE_MROPE else 24)
         return max(1, int(sizes[1] - sizes[0]) - head)
 
     # -- arguments -------------------------------------------------------------------------------
@@ -816,17 +845,17 @@ class LlamaCppRuntime(Runtime):
 def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple[int, int, int, int]]:
     """The parts of a snapshot as (start, stop, offset, size), its frame checked. Raises
     SnapshotRejected."""
-    if len(payload) < _SNAPSHOT.size:
+    if len(payload) < SNAPSHOT.size:
         raise SnapshotRejected(f"a KV snapshot of {len(payload)} bytes is too short to be one")
-    magic, form, num_parts, start, stop, check = _SNAPSHOT.unpack_from(payload)
-    body = memoryview(payload)[_SNAPSHOT.size :]
-    if magic != _SNAPSHOT_MAGIC or form != 1:
+    magic, form, num_parts, start, stop, check = SNAPSHOT.unpack_from(payload)
+    body = memoryview(payload)[SNAPSHOT.size :]
+    if magic != SNAPSHOT_MAGIC or form != 1:
         raise SnapshotRejected("these bytes are not a KV snapshot of this version")
     if (start, stop) != (begin, begin + num_positions):
         raise SnapshotRejected(
             f"the KV snapshot holds positions [{start}, {stop}), not [{begin}, {begin + num_positions})"
         )
-    if _head_checksum(body) != check:
+    if head_checksum(body) != check:
         raise SnapshotRejected("the KV snapshot is damaged")
     parts = []
     offset, position = 0, start
@@ -837,21 +866,21 @@ def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple
         offset += _PART.size
         if a != position or b <= a or size > len(body) - offset:
             raise SnapshotRejected("the KV snapshot is truncated or damaged")
-        parts.append((a, b, _SNAPSHOT.size + offset, size))
+        parts.append((a, b, SNAPSHOT.size + offset, size))
         offset, position = offset + size, b
     if position != stop or offset != len(body):
         raise SnapshotRejected("the KV snapshot has missing or surplus bytes")
     return parts
 
 
-def _unfilled(size: int) -> bytes:
+def unfilled_bytes(size: int) -> bytes:
     """Bytes to be filled by native code before anybody sees them: neither zeroed nor copied."""
     # PyObject *PyBytes_FromStringAndSize(const char *v, Py_ssize_t len), v = NULL: not initialized
     data: bytes = _new_bytes(None, size)
     return data
 
 
-def _address(data: bytes, offset: int) -> Any:
+def address_of(data: bytes, offset: int) -> Any:
     base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
     assert base is not None
     return ctypes.cast(base + offset, ctypes.POINTER(ctypes.c_uint8))
@@ -860,10 +889,10 @@ def _address(data: bytes, offset: int) -> Any:
 def _overwrite(data: bytes, offset: int, part: bytes) -> None:
     """Fill in bytes that nobody else has seen yet."""
     assert offset + len(part) <= len(data)
-    ctypes.memmove(_address(data, offset), part, len(part))
+    ctypes.memmove(address_of(data, offset), part, len(part))
 
 
-def _head_checksum(body: memoryview) -> int:
+def head_checksum(body: memoryview | bytes) -> int:
     """Guards lengths and positions; the payload's own checksum is its keeper's (the prompt cache)."""
     return zlib.crc32(body[:_HEAD_BYTES], len(body) & 0xFFFFFFFF)
 
