@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Deaths without an answer in between, after which the worker is no longer restarted by itself.
 MAX_DEATHS_IN_A_ROW = 3
+MOST_SENT_AT_ONCE = 16_384  # characters: writing them as JSON takes the caller's time
 SUBMIT_TRIES = 3  # where the worker dies while a request is made ready for it
 
 
@@ -200,10 +201,26 @@ class LocalClient(Client):
         with self._lock:
             self._pending[key] = pending
             if not self._closed:
-                self._renderers.submit(self._submit, key, pending)
+                if not self._send_at_once(key, pending):
+                    self._renderers.submit(self._submit, key, pending)
                 return generation
         self._end(key, "failed", LoadFailed("the client is closed"))
         return generation
+
+    def _send_at_once(self, key: int, pending: _Pending) -> bool:
+        """Send what needs no rendering and no load: that takes less than waking a thread for it."""
+        process, request = self._process, pending.request
+        if (
+            process is None
+            or self._info is None
+            or request.messages is not None
+            or len(request.prompt or "") > MOST_SENT_AT_ONCE
+            or not process.is_alive
+        ):
+            return False
+        pending.sent_to = process
+        process.submit(key, request)
+        return True
 
     def _submit(self, key: int, pending: _Pending) -> None:
         try:

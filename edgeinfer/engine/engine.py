@@ -65,7 +65,7 @@ log = logging.getLogger("edgeinfer.engine")
 
 Events = list[tuple[int, Event]]
 
-PREFILL_SLICE_S = 0.4  # a prompt beside running streams gets chunks of about this long
+PREFILL_SLICE_S = 0.8  # a prompt beside running streams gets chunks of about this long
 FIRST_SLICE = 64  # tokens of such a chunk where nothing tells how long one takes
 CLOSED_EARLY = (
     "the answer was brought to its end within its limit of tokens; a larger one lets it say more"

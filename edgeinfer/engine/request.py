@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgeinfer.constraint import Constraint
@@ -147,7 +147,12 @@ class RunStats:
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As `dataclasses.asdict`, which takes a third of a millisecond."""
+        found = dict(vars(self))
+        for name in ("usage", "timings", "speculation", "kv", "cache"):
+            found[name] = dict(vars(found[name]))
+        found["warnings"] = list(self.warnings)
+        return found
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,13 @@ MAX_MESSAGE_BYTES = 1 << 30
 
 def send(stream: IO[bytes], *messages: Mapping[str, Any]) -> None:
     """All messages in one write. OSError if the other side is gone."""
-    parts = []
-    for message in messages:
-        data = json.dumps(message, separators=(",", ":")).encode()
-        parts.append(_LENGTH.pack(len(data)) + data)
-    stream.write(b"".join(parts))
+    stream.write(b"".join(encoded(message) for message in messages))
     stream.flush()
+
+
+def encoded(message: Mapping[str, Any]) -> bytes:
+    data = json.dumps(message, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(data)) + data
 
 
 def receive(stream: IO[bytes]) -> dict[str, Any] | None:

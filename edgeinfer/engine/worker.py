@@ -47,6 +47,7 @@ PROGRESS_INTERVAL_S = 0.03
 TELL_INTERVAL_S = 1 / 30
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 PROMPT_END = 64  # characters of a prompt that are told back
+SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
 PLAUSIBLE_BYTES = 16  # of text for each token of context; more is looked at before it is tokenized
 
 
@@ -57,6 +58,8 @@ class Worker:
         self._write_lock = threading.Lock()
         self._queue: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._unprepared: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._num_unprepared = 0
+        self._held: Events = []  # to be told with the next ones
         self._preparing: set[int] = set()  # keys of requests that the main thread does not know yet
         self._given_up: set[int] = set()  # of those, the ones that were cancelled
         self._preparing_lock = threading.Lock()
@@ -113,15 +116,19 @@ class Worker:
             elif "error" in command:
                 self._refuse(key, command["error"])
             else:
-                self._tell(
-                    engine.submit(
-                        key,
-                        command["request"],
-                        command["tokens"],
-                        command["received"],
-                        command.get("matcher"),
-                    )
+                events = engine.submit(
+                    key,
+                    command["request"],
+                    command["tokens"],
+                    command["received"],
+                    command.get("matcher"),
                 )
+                if "queued" in command:
+                    events = [(key, command["queued"]), *events]
+                if engine.has_work:
+                    self._held += events
+                else:
+                    self._tell(events)
         elif kind == "cancel" and engine is not None:
             self._tell(engine.cancel(command["key"]))
         elif kind == "unload" and engine is not None:
@@ -245,6 +252,8 @@ class Worker:
         self._send({"ev": "refused", "key": key, "type": kind.__name__, "error": str(error)})
 
     def _tell(self, events: Events) -> None:
+        if self._held and threading.current_thread() is threading.main_thread():
+            events, self._held = [*self._held, *events], []
         if events:
             told = [{"key": key, **event_to_wire(event)} for key, event in events]
             self._send({"ev": "events", "events": told})
@@ -280,6 +289,8 @@ class Worker:
             if command["what"] == "status":
                 self._tell_answer(command)
             else:
+                with self._preparing_lock:
+                    self._num_unprepared += 1
                 self._unprepared.put(command)
         elif kind == "cancel":
             self._cancel(command)
@@ -291,6 +302,11 @@ class Worker:
                     self._preparing.add(command["key"])
             elif kind == "load":
                 self._load_cancelled = False
+            if kind == "submit" and not self._num_unprepared and _is_short(command["request"]):
+                self._prepare(command)
+                return
+            with self._preparing_lock:
+                self._num_unprepared += 1
             self._unprepared.put(command)
             if kind == "shutdown":
                 self._interrupt_step()
@@ -330,6 +346,8 @@ class Worker:
                 self._prepare(command)
             else:
                 self._queue.put(command)
+            with self._preparing_lock:
+                self._num_unprepared -= 1
 
     def _prepare(self, command: dict[str, Any]) -> None:
         key = command["key"]
@@ -368,12 +386,16 @@ class Worker:
             return None
         return engine.grammars.matcher(constraint)
 
-    def _tell_queued(self, command: Mapping[str, Any]) -> None:
+    def _tell_queued(self, command: dict[str, Any]) -> None:
         """Told from here: the main thread may be in a long step, and whoever asks wants to know."""
         engine, tokens = self._engine, command["tokens"]
         if engine is not None and engine.refusal(command["request"], tokens) is None:
             prompt = command["request"].prompt or ""
-            self._tell([(command["key"], Queued(len(tokens), prompt[-PROMPT_END:]))])
+            queued = Queued(len(tokens), prompt[-PROMPT_END:])
+            if engine.has_work:
+                self._tell([(command["key"], queued)])
+            else:  # it is told with the request's turn, which comes at once: each write wakes the owner
+                command["queued"] = queued
 
     def _answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """What a question is answered with: its reply's fields, `error` among them if there is none."""
@@ -415,6 +437,12 @@ class Worker:
         bos = tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else ""
         add_special = tokenizer.adds_bos and not (bos and prompt.startswith(bos))
         return tokenizer.encode(prompt, add_special=add_special, parse_special=True)
+
+
+def _is_short(request: Mapping[str, Any]) -> bool:
+    """Whether it is made ready in less time than it takes to wake another thread for it."""
+    is_text = request["prompt"] is not None and len(request["prompt"]) <= SHORT
+    return is_text and request["constraint"] is None
 
 
 def main() -> None:

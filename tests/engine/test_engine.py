@@ -347,7 +347,7 @@ def slices_beside_a_stream(tuner: Tuner | None, monkeypatch: pytest.MonkeyPatch)
     return slices
 
 
-@pytest.mark.parametrize(("s_per_token", "size"), [(0.002, 200), (0.0001, 255), (0.1, 4)])
+@pytest.mark.parametrize(("s_per_token", "size"), [(0.004, 200), (0.0001, 255), (0.1, 8)])
 def test_a_slice_beside_a_stream_follows_the_measured_costs(
     s_per_token: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
