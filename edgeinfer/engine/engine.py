@@ -109,7 +109,7 @@ class Engine:
         """
         self.runtime = runtime
         self.model = model
-        self.max_running = max_running
+        self.max_running = min(max_running, runtime.facts.max_sequences)
         self.prefixes = PrefixCache(cache_bytes if runtime.facts.can.snapshot else 0)
         self.grammars = Grammars(runtime.tokenizer, runtime.facts.vocab_size)
         self._waiting: list[RunningRequest] = []

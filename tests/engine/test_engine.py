@@ -181,6 +181,11 @@ def test_text_is_not_held_back_while_a_prompt_is_read() -> None:
     assert len(driver.events[1]) > before + 2
 
 
+def test_no_more_requests_run_than_there_are_sequences() -> None:
+    runtime = make_engine(sequences=2).runtime
+    assert Engine(runtime, model="m", max_running=1000).max_running == runtime.facts.max_sequences
+
+
 def test_texts_of_many_streams_are_told_more_rarely() -> None:
     driver = Driver(make_engine(tell_interval_s=NEVER, sequences=8))
     found = []

@@ -34,9 +34,14 @@ def load(path: Path, **options: object) -> Runtime:
     return get_backend("llamacpp").load(files, settings, lambda _: True)
 
 
-@pytest.fixture
-def engine(starter: Path) -> Iterator[Engine]:
-    runtime = load(starter, sequences=2)
+# Cells that three sequences share, and a stream of cells for each of three.
+LAYOUTS = ({"kv_layout": "shared", "sequences": 2}, {"kv_layout": "private", "sequences": 3})
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda options: options["kv_layout"])
+def engine(starter: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    runtime = load(starter, **request.param)
+    assert runtime.facts.kv_layout == request.param["kv_layout"]
     engine = Engine(runtime, model="starter", max_running=3, cache_bytes=2**28)
     yield engine
     engine.check_integrity()
@@ -95,8 +100,9 @@ class PaddingTuner(Tuner):
         return Choice(1, min(1 + self.num_padded % 5, most - tokens))
 
 
-def test_padded_answers_are_those_alone(starter: Path) -> None:
-    runtime = load(starter, sequences=2)
+@pytest.mark.parametrize("options", LAYOUTS, ids=lambda options: options["kv_layout"])
+def test_padded_answers_are_those_alone(starter: Path, options: dict[str, object]) -> None:
+    runtime = load(starter, **options)
     tuner = PaddingTuner()
     engine = Engine(runtime, model="starter", max_running=3, tuner=tuner)
     requests = {key: (text_tokens(engine, 500 * key, 200 + 300 * key), 12 + 6 * key) for key in range(4)}
