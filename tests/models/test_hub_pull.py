@@ -521,7 +521,7 @@ def test_a_disk_that_fills_up_keeps_what_came_and_the_next_pull_goes_on(
     assert no_model_is_here(data_dir)
     monkeypatch.setattr(Path, "open", real_open)
     assert pull("hf:owner/tiny").path.read_bytes() == content
-    assert 50_000 < repo.downloads[-1].start <= 100_000
+    assert repo.downloads[-1].start == written > 0  # how much came at once is the network's affair
 
 
 def test_a_listing_that_means_harm_can_name_no_file_outside(
