@@ -100,7 +100,7 @@ def test_a_worker_that_hangs_is_ended_and_the_next_request_is_answered(tmp_path:
 
 
 def test_an_idle_model_leaves_memory_and_comes_back(tmp_path: Path) -> None:
-    settings = ServiceSettings(parallel=2, idle_unload_s=0.2)
+    settings = ServiceSettings(parallel=2, idle_unload_s=1.0)
     with scripted(tmp_path, settings=settings) as endpoint, endpoint.http() as http:
         assert http.get("/health").json()["loaded"]
         until(lambda: not http.get("/health").json()["loaded"])
@@ -161,10 +161,10 @@ def test_who_goes_away_while_a_large_prompt_is_read_is_heard(tmp_path: Path) -> 
 
 
 def test_tokenizing_keeps_a_model_from_resting(tmp_path: Path) -> None:
-    settings = ServiceSettings(parallel=2, idle_unload_s=0.4)
+    settings = ServiceSettings(parallel=2, idle_unload_s=1.0)
     with scripted(tmp_path, settings=settings) as endpoint, endpoint.http() as http:
         until(lambda: not endpoint.client.info)
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 2.5
         while time.monotonic() < end:
             assert http.post("/v1/tokenize", json={"text": "hello"}).status_code == 200
             assert endpoint.client.info is not None
