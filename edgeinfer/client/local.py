@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Deaths without an answer in between, after which the worker is no longer restarted by itself.
 MAX_DEATHS_IN_A_ROW = 3
-MOST_SENT_AT_ONCE = 16_384  # characters: writing them as JSON takes the caller's time
+MOST_SENT_AT_ONCE = 16_384  # characters or tokens: writing them as JSON takes the caller's time
 SUBMIT_TRIES = 3  # where the worker dies while a request is made ready for it
 
 
@@ -214,7 +214,7 @@ class LocalClient(Client):
             process is None
             or self._info is None
             or request.messages is not None
-            or len(request.prompt or "") > MOST_SENT_AT_ONCE
+            or len(request.prompt or request.tokens or "") > MOST_SENT_AT_ONCE
             or not process.is_alive
         ):
             return False

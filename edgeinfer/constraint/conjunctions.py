@@ -15,6 +15,7 @@ from math import gcd, lcm
 from typing import Any
 
 from edgeinfer.constraint.keywords import APPLICATORS
+from edgeinfer.constraint.schema_text import objects_in
 
 MAX_MEETING = 6  # patterns and formats for one string; 1 ms at 8, twice that for each more
 MAX_CHECKS = 300  # of strings that several are for
@@ -64,7 +65,7 @@ class _Counter:
         if len(self._texts) > MAX_PATTERNS:
             raise TooMuch("pattern", f"there are more than {MAX_PATTERNS} different ones")
         self._count_properties(len(_keys_of(schema)))
-        for each in _objects_in([schema.get("const"), *schema.get("enum", ())]):
+        for each in objects_in([schema.get("const"), *schema.get("enum", ())]):
             self._count_properties(len(each))
         self._pattern_properties += len(schema.get("patternProperties", ()))
         if self._pattern_properties > MAX_PATTERN_PROPERTIES:
@@ -194,17 +195,6 @@ def _several(schemas: Iterator[Schema]) -> tuple[Schema, ...]:
 
 def _keys_of(schema: Mapping[str, Any]) -> set[str]:
     return {*schema.get("properties", ()), *schema.get("required", ())}
-
-
-def _objects_in(values: list[Any]) -> Iterator[dict[str, Any]]:
-    pending = list(values)
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            yield value
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
 
 
 def _texts_of(schema: Mapping[str, Any]) -> list[str]:

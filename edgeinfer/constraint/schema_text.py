@@ -81,7 +81,7 @@ def draft_of(schema: object) -> int | None:
 def combines(schema: object) -> bool:
     """Whether anywhere an object is described by several schemas at once (allOf, or keywords beside
     anyOf or $ref), of which none knows all properties."""
-    for each in _objects_in(schema):
+    for each in objects_in(schema):
         applied = [key for key in APPLICATORS if key in each and key not in ("enum", "const")]
         if len(applied) > 1 or (applied and OBJECT & each.keys()):
             return True
@@ -90,7 +90,8 @@ def combines(schema: object) -> bool:
     return False
 
 
-def _objects_in(schema: object) -> Iterator[dict[str, Any]]:
+def objects_in(schema: object) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value, itself included."""
     pending = [schema]
     while pending:
         value = pending.pop()

@@ -392,7 +392,7 @@ class Worker:
         if engine is not None and engine.refusal(command["request"], tokens) is None:
             prompt = command["request"].prompt or ""
             queued = Queued(len(tokens), prompt[-PROMPT_END:])
-            if engine.has_work:
+            if engine.has_work or not self._queue.empty():
                 self._tell([(command["key"], queued)])
             else:  # it is told with the request's turn, which comes at once: each write wakes the owner
                 command["queued"] = queued
