@@ -107,7 +107,7 @@ class RuntimeFacts:
     max_step_tokens: int
     max_logit_rows: int
     # 1, or: steps of at least this many tokens in all may take another kernel than smaller ones, and
-    # differ in the last bits (a backend that runs parts one by one: parts of at least this many). Exact
+    # differ in the last bits (with private cells, parts of at least this many, whatever the step). Exact
     # (a request's results are those it has alone, however its prompt is
     # cut) are then small steps of any mixture, large steps of one sequence, and forks at multiples of
     # this. (llama.cpp's CPU backend: with quantized weights, and one thread; else within about 1e-3.)

@@ -255,7 +255,10 @@ class Engine:
             self._last_was_large = False
             return [(self._running[0], 1)]  # nothing to plan: the path of every token of a lone answer
         facts = self.runtime.facts
-        limits = Limits(facts.max_step_tokens, facts.stable_chunk_tokens, self._prefill_slice())
+        # Private cells are computed sequence by sequence: a step of many small pieces is small for all.
+        most = facts.max_step_tokens
+        small = most if facts.kv_layout == "private" else max(facts.stable_chunk_tokens - 1, 1)
+        limits = Limits(most, facts.stable_chunk_tokens, small, self._prefill_slice())
         demands = [
             Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left)
             for r in self._running

@@ -7,6 +7,8 @@ One rule is there for exactness. A backend may compute steps of `stable_chunk` t
 another kernel than smaller ones (llama.cpp's flash attention on the CPU does, from 64), whose results
 differ in the last bits. So small pieces (tokens to decode, drafts, short ends of prompts) share steps,
 a large one (a prefill chunk) has a step to itself, and each request is computed as it would be alone.
+Where the backend looks at each sequence's tokens for that choice, and not at the step's, small pieces
+share steps of any size.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Demand:
 class Limits:
     step_tokens: int  # most tokens of a step
     stable_chunk: int  # steps of fewer tokens and steps of at least as many may differ in last bits
+    small_step: int  # most tokens of a step of small pieces, at least 1
     prefill_beside_decode: int  # most prompt tokens of a step while somebody waits for a token
 
 
@@ -83,7 +86,9 @@ def _mixed(demands: Sequence[Demand], limits: Limits) -> Plan:
 
 def _small(demands: Sequence[Demand], limits: Limits) -> list[tuple[int, int]]:
     """Whole pieces as far as they fit; a lone piece above the class limit (a long draft) goes alone."""
-    budget = min(limits.step_tokens, max(limits.stable_chunk - 1, 1))
+    budget = min(limits.step_tokens, limits.small_step)
+    if any(d.decode for d in demands):
+        budget = min(budget, max(limits.prefill_beside_decode, limits.stable_chunk - 1))
     parts: list[tuple[int, int]] = []
     for demand in demands:
         tokens = demand.decode or demand.prompt

@@ -54,7 +54,8 @@ def feed(runtime: Runtime, sequence: int, tokens: Sequence[int], chunk: int = CH
 def opened(runtime: Runtime, tokens: Sequence[int]) -> int:
     """A new sequence that holds `tokens`."""
     sequence = runtime.open()
-    feed(runtime, sequence, tokens)
+    if tokens:
+        feed(runtime, sequence, tokens)
     return sequence
 
 

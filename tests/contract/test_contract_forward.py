@@ -94,6 +94,23 @@ def test_sequences_prefilled_in_one_step_predict_as_alone(load: Load) -> None:
         alone.free(sequence)
 
 
+def test_short_prompts_in_one_step_predict_as_alone(load: Load) -> None:
+    together, alone = load(), load()
+    stable = together.facts.stable_chunk_tokens
+    if together.facts.kv_layout != "private" and stable > 1:
+        pytest.skip("the tokens of all parts are what counts as a small step here")
+    size = max(stable - 1, 1)
+    pieces = [some_tokens(together, n, seed=n) for n in (size, 1, min(size, 41))]
+    before = [some_tokens(together, 70), *[[]] * (len(pieces) - 1)]  # the first has a conversation
+    sequences = [opened(together, tokens) for tokens in before]
+    parts = [SequenceStep(s, piece) for s, piece in zip(sequences, pieces, strict=True)]
+    result = together.forward(Step(parts))
+    for row, tokens, piece in zip(result.starts, before, pieces, strict=True):
+        sequence = opened(alone, tokens)
+        assert is_same(feed(alone, sequence, piece), together.logits(row))
+        alone.free(sequence)
+
+
 def test_sequences_decoded_together_predict_as_alone(load: Load) -> None:
     together, alone = load(), load()
     prompts = [some_tokens(together, size, seed=size) for size in (70, 128, 201)]

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from edgeinfer.engine.scheduler import Demand, Limits, Plan, chunk, plan
 
-LIMITS = Limits(step_tokens=512, stable_chunk=64, prefill_beside_decode=128)
+LIMITS = Limits(step_tokens=512, stable_chunk=64, small_step=63, prefill_beside_decode=128)
+PRIVATE = Limits(step_tokens=512, stable_chunk=64, small_step=512, prefill_beside_decode=128)
 
 
 def decode(key: int, tokens: int = 1) -> Demand:
@@ -36,6 +37,17 @@ def test_small_pieces_never_add_up_to_a_large_step() -> None:
     assert plan(demands, LIMITS).parts == ((0, 40),)
 
 
+def test_private_cells_let_small_pieces_share_a_step_of_any_size() -> None:
+    demands = [prompt(key, 40) for key in range(20)]
+    assert plan(demands, PRIVATE).parts == tuple((key, 40) for key in range(12))
+    assert plan([*demands, prompt(20, 64)], PRIVATE, last_was_large=True).parts[-1] == (11, 40)
+
+
+def test_short_prompts_together_are_cut_to_what_streams_wait_for() -> None:
+    demands = [decode(0), *[prompt(key, 40) for key in range(1, 20)]]
+    assert plan(demands, PRIVATE).parts == ((0, 1), (1, 40), (2, 40), (3, 40))
+
+
 def test_a_draft_is_taken_whole_or_not_at_all() -> None:
     assert plan([decode(1, 60), decode(2, 5), decode(3)], LIMITS).parts == ((1, 60), (3, 1))
 
@@ -50,7 +62,7 @@ def test_a_prompt_is_not_cut_into_a_piece_below_the_stable_chunk() -> None:
 
 
 def test_a_long_prompt_beside_streams_still_moves_when_the_machine_is_slow() -> None:
-    slow = Limits(step_tokens=512, stable_chunk=64, prefill_beside_decode=3)
+    slow = Limits(step_tokens=512, stable_chunk=64, small_step=63, prefill_beside_decode=3)
     assert plan([decode(1), prompt(2, 1000)], slow).parts == ((2, 64),)
     assert plan([decode(1), prompt(2, 128)], slow).parts == ((2, 64),)
     assert plan([decode(1), prompt(2, 127)], slow).parts == ((2, 127),)
@@ -63,7 +75,7 @@ def test_a_chunk_leaves_no_short_piece() -> None:
 
 
 def test_without_classes_prompts_ride_with_the_streams() -> None:
-    limits = Limits(step_tokens=100, stable_chunk=1, prefill_beside_decode=30)
+    limits = Limits(step_tokens=100, stable_chunk=1, small_step=1, prefill_beside_decode=30)
     demands = [prompt(1, 2000), decode(2), decode(3, 4), prompt(4, 10)]
     assert plan(demands, limits).parts == ((2, 1), (3, 4), (1, 15), (4, 10))
 
@@ -77,15 +89,17 @@ def test_without_classes_prompts_ride_with_the_streams() -> None:
     st.integers(128, 600),
     st.integers(0, 600),
     st.booleans(),
+    st.booleans(),
 )
 def test_a_plan_keeps_its_budget_and_its_classes_and_moves_somebody(
-    wants: list[tuple[int, int]], budget: int, beside: int, last_was_large: bool
+    wants: list[tuple[int, int]], budget: int, beside: int, last_was_large: bool, private: bool
 ) -> None:
     demands = [Demand(key, *want) for key, want in enumerate(wants)]
-    planned = plan(demands, Limits(budget, 64, beside), last_was_large)
+    planned = plan(demands, Limits(budget, 64, budget if private else 63, beside), last_was_large)
     total = sum(tokens for _, tokens in planned.parts)
     assert 0 < total <= budget
-    assert planned.is_large == (total >= 64)
+    assert planned.is_large == any(tokens >= 64 for _, tokens in planned.parts)
+    assert private or planned.is_large == (total >= 64)
     assert len({key for key, _ in planned.parts}) == len(planned.parts)
     for key, tokens in planned.parts:
         drafted, prompt_left = wants[key]

@@ -86,6 +86,25 @@ def test_answers_together_are_those_alone(engine: Engine, starter: Path) -> None
         assert together[key].stats.text == alone[key].stats.text
 
 
+def test_short_prompts_read_in_one_step_are_answered_as_alone(starter: Path) -> None:
+    runtime = load(starter, kv_layout="private", sequences=4)
+    engine = Engine(runtime, model="starter", max_running=4)
+    sizes = (41, 63, 17, 58)
+    requests = {key: (text_tokens(engine, 900 * key, 400)[:size], 24) for key, size in enumerate(sizes)}
+    steps: list[Step] = []
+    forward = runtime.forward
+    runtime.forward = lambda step: steps.append(step) or forward(step)  # type: ignore[func-returns-value, method-assign]
+    together = run(engine, requests)
+    engine.check_integrity()
+    engine.close()
+    assert steps[0].num_tokens == sum(sizes)
+    for key, request in requests.items():
+        single = Engine(load(starter), model="starter")
+        alone = run(single, {key: request})
+        single.close()
+        assert together[key].stats.text == alone[key].stats.text
+
+
 class PaddingTuner(Tuner):
     """Pads every step of several tokens, by a number that changes from step to step."""
 
