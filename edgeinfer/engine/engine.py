@@ -273,12 +273,22 @@ class Engine:
             self._running.sort(key=lambda r: r.key in served)
         return [(by_key[key], tokens) for key, tokens in planned.parts]
 
+    def reads_within(self, seconds: float) -> bool:
+        """Whether the prompts of those who run are sure to be read in that time."""
+        rate = self._reading_rate()
+        left = sum(running.prompt_left for running in self._running)
+        return rate is not None and left * rate <= seconds
+
+    def _reading_rate(self) -> float | None:
+        """Seconds that a prompt token takes; None where nothing was measured."""
+        if self._tuner is None:
+            return self._prefill_s_per_token or None
+        reading = (r.num_computed for r in self._running if r.prompt_left)
+        return self._tuner.prefill_s_per_token(max(reading, default=0))
+
     def _prefill_slice(self) -> int:
         """Prompt tokens that take about PREFILL_SLICE_S."""
-        rate: float | None = self._prefill_s_per_token
-        if self._tuner is not None:
-            reading = (r.num_computed for r in self._running if r.prompt_left)
-            rate = self._tuner.prefill_s_per_token(max(reading, default=0))
+        rate = self._reading_rate()
         return int(PREFILL_SLICE_S / rate) if rate else FIRST_SLICE
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:

@@ -33,7 +33,7 @@ from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
-from edgeinfer.engine.request import Ended, Queued, RunStats
+from edgeinfer.engine.request import Ended, Queued, RunStats, Started
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, RequestFailed
@@ -45,6 +45,9 @@ PROGRESS_INTERVAL_S = 0.03
 # A fast answer's text is told so far apart: every write wakes the owner, on a core that a decode thread
 # may be running on, and thirty a second look as smooth as two hundred.
 TELL_INTERVAL_S = 1 / 30
+# For the same reason the turn of a request whose prompt is read in less than this is told with its first
+# token.
+SOON_S = 0.25
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 PROMPT_END = 64  # characters of a prompt that are told back
 SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
@@ -93,7 +96,11 @@ class Worker:
             except Exception as error:  # a bug of ours: every request learns it, none hangs
                 logging.getLogger("edgeinfer.worker").exception("a step failed")
                 events = engine.fail_all(RequestFailed(f"the engine failed: {error!r}"))
-            self._tell(events)
+            is_new = any(isinstance(event, Started) for _, event in events)
+            if is_new and engine.has_work and engine.reads_within(SOON_S):
+                self._held += events
+            else:
+                self._tell(events)
 
     def _use_idle(self) -> bool:
         """Do a piece of what nobody waits for; False if there is none."""
