@@ -67,6 +67,7 @@ Events = list[tuple[int, Event]]
 
 PREFILL_SLICE_S = 0.8  # a prompt beside running streams gets chunks of about this long
 FIRST_SLICE = 64  # tokens of such a chunk where nothing tells how long one takes
+LEAST_TELLING = 32  # tokens of a step from which on its time tells how long a prompt takes
 CLOSED_EARLY = (
     "the answer was brought to its end within its limit of tokens; a larger one lets it say more"
 )
@@ -281,10 +282,11 @@ class Engine:
 
     def _reading_rate(self) -> float | None:
         """Seconds that a prompt token takes; None where nothing was measured."""
-        if self._tuner is None:
-            return self._prefill_s_per_token or None
-        reading = (r.num_computed for r in self._running if r.prompt_left)
-        return self._tuner.prefill_s_per_token(max(reading, default=0))
+        rate: float | None = None
+        if self._tuner is not None:
+            reading = (r.num_computed for r in self._running if r.prompt_left)
+            rate = self._tuner.prefill_s_per_token(max(reading, default=0))
+        return rate or self._prefill_s_per_token or None
 
     def _prefill_slice(self) -> int:
         """Prompt tokens that take about PREFILL_SLICE_S."""
@@ -315,10 +317,11 @@ class Engine:
             for running, _ in chosen:
                 self._events += self._end(running, "failed", "stop", error)
             return
+        seconds = time.perf_counter() - begin
         if tuner is not None:
-            tuner.observe(self._choice, *self._shape, time.perf_counter() - begin)
-        elif self._last_was_large:
-            self._learn_rate(time.perf_counter() - begin, sum(count for _, count in chosen))
+            tuner.observe(self._choice, *self._shape, seconds)
+        if step.num_tokens >= LEAST_TELLING:
+            self._learn_rate(seconds, step.num_tokens)
         for index, (running, count) in enumerate(chosen):
             prefilling = running.prompt_left > 0
             running.num_computed += count

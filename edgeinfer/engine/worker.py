@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO
 
 from edgeinfer.backend import RuntimeSettings
@@ -48,6 +48,7 @@ TELL_INTERVAL_S = 1 / 30
 # For the same reason the turn of a request whose prompt is read in less than this is told with its first
 # token.
 SOON_S = 0.25
+REST_S = 0.03  # without a command before idle time is used
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 PROMPT_END = 64  # characters of a prompt that are told back
 SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
@@ -79,9 +80,7 @@ class Worker:
             engine = self._engine
             busy = engine is not None and engine.has_work
             while not (busy and self._queue.empty()):
-                if not busy and self._queue.empty() and self._use_idle():
-                    continue
-                command = self._queue.get()
+                command = self._queue.get() if busy else self._await_command()
                 if self._costs is not None:
                     self._costs.command_taken()
                 if command["cmd"] == "shutdown":
@@ -101,6 +100,15 @@ class Worker:
                 self._held += events
             else:
                 self._tell(events)
+
+    def _await_command(self) -> dict[str, Any]:
+        """The next one. What nobody waits for is done until it comes, but not at once: who has just had
+        an answer may ask again."""
+        with contextlib.suppress(Empty):
+            return self._queue.get(timeout=REST_S)
+        while self._queue.empty() and self._use_idle():
+            pass
+        return self._queue.get()
 
     def _use_idle(self) -> bool:
         """Do a piece of what nobody waits for; False if there is none."""
