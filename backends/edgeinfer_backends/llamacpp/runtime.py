@@ -37,6 +37,7 @@ from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.llamacpp.cells import COMPACT_AT_LEAST, CellTable
 from edgeinfer_backends.llamacpp.library import build_description, library, native_log, version
 from edgeinfer_backends.llamacpp.native import ROPE_TYPE_MROPE, NativeContext
+from edgeinfer_backends.llamacpp.raw_bytes import address_of, overwrite, unfilled_bytes
 from edgeinfer_backends.llamacpp.samplers import LlamaSampler
 from edgeinfer_backends.llamacpp.stream_table import StreamTable
 from edgeinfer_backends.llamacpp.vocabulary import LlamaTokenizer
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
 # llama.cpp's flash attention takes its tiled kernel from this many rows on, and its tiles are as many
 # cells wide (ggml_fa_tile_config::Q and ::KV, ggml-cpu/ops.cpp, 0.3.36).
 TILE = 64
-
-_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
-    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
-)
 
 _FIRST_ROW = [0]
 _ONE_ROW = StepResult((0,), (1,))
@@ -590,7 +587,7 @@ class LlamaCppRuntime(Runtime):
             # One part, as nearly always: written where it stays (copying megabytes takes milliseconds).
             head = SNAPSHOT.size + _PART.size
             data = self._extract_part(sequence, start, stop, head)
-            _overwrite(data, SNAPSHOT.size, _PART.pack(start, stop, len(data) - head))
+            overwrite(data, SNAPSHOT.size, _PART.pack(start, stop, len(data) - head))
             parts = 1
         else:
             pieces = [bytes(SNAPSHOT.size)]
@@ -599,7 +596,7 @@ class LlamaCppRuntime(Runtime):
                 pieces += [_PART.pack(a, b, len(payload)), payload]
             data, parts = b"".join(pieces), len(extracted)
         check = head_checksum(memoryview(data)[SNAPSHOT.size :])
-        _overwrite(data, 0, SNAPSHOT.pack(SNAPSHOT_MAGIC, 1, parts, start, stop, check))
+        overwrite(data, 0, SNAPSHOT.pack(SNAPSHOT_MAGIC, 1, parts, start, stop, check))
         return data
 
     def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
@@ -871,25 +868,6 @@ def _read_snapshot(payload: bytes, begin: int, num_positions: int) -> list[tuple
     if position != stop or offset != len(body):
         raise SnapshotRejected("the KV snapshot has missing or surplus bytes")
     return parts
-
-
-def unfilled_bytes(size: int) -> bytes:
-    """Bytes to be filled by native code before anybody sees them: neither zeroed nor copied."""
-    # PyObject *PyBytes_FromStringAndSize(const char *v, Py_ssize_t len), v = NULL: not initialized
-    data: bytes = _new_bytes(None, size)
-    return data
-
-
-def address_of(data: bytes, offset: int) -> Any:
-    base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
-    assert base is not None
-    return ctypes.cast(base + offset, ctypes.POINTER(ctypes.c_uint8))
-
-
-def _overwrite(data: bytes, offset: int, part: bytes) -> None:
-    """Fill in bytes that nobody else has seen yet."""
-    assert offset + len(part) <= len(data)
-    ctypes.memmove(address_of(data, offset), part, len(part))
 
 
 def head_checksum(body: memoryview | bytes) -> int:

@@ -58,15 +58,19 @@ class StateForm:
         heads = _HEAD.size + self.streams * _COUNT.size + cells * _CELL.size + _DATA.size
         return heads + len(self.sections) * _ROWS.size + cells * self.row_bytes
 
-    def rows(self, state: bytes, native: int, start: int, stop: int) -> Bytes:
+    def rows(
+        self, state: bytes, native: int, start: int, stop: int, found: Bytes | None = None
+    ) -> Bytes:
         """Positions [start, stop) of the state of llama.cpp's sequence `native`: section after section,
-        each with its rows in order. The state's cells must lie in position order."""
+        each with its rows in order. The state's cells must lie in position order.
+        found: where to put them, (stop - start) * row_bytes."""
         import numpy as np
 
         (cells,) = _COUNT.unpack_from(state, _HEAD.size + native * _COUNT.size)
         whole = np.frombuffer(state, dtype=np.uint8)
         offset = _HEAD.size + (native + 1) * _COUNT.size + cells * _CELL.size + _DATA.size
-        found = np.empty((stop - start) * self.row_bytes, dtype=np.uint8)
+        if found is None:
+            found = np.empty((stop - start) * self.row_bytes, dtype=np.uint8)
         done = 0
         for _, size in self.sections:
             offset += _ROWS.size

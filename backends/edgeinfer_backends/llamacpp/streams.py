@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import BLOCK_TOKENS, SequenceStep, Step, StepResult
 from edgeinfer.errors import LoadFailed, OutOfCells, SnapshotRejected, StepFailed
 from edgeinfer_backends.llamacpp.library import native_log
+from edgeinfer_backends.llamacpp.raw_bytes import address_of, overwrite, unfilled_bytes, writable
 from edgeinfer_backends.llamacpp.runtime import (
     SNAPSHOT,
     SNAPSHOT_MAGIC,
     LlamaCppRuntime,
-    address_of,
     head_checksum,
-    unfilled_bytes,
 )
 from edgeinfer_backends.llamacpp.sequence_state import StateForm, positions_of
 from edgeinfer_backends.llamacpp.stream_table import StreamTable
@@ -212,11 +211,13 @@ class PrivateStreams(LlamaCppRuntime):
         self._check_range(sequence, start, stop)
         if not 0 < stop - start <= BLOCK_TOKENS:
             raise ValueError(f"a snapshot holds 1 to {BLOCK_TOKENS} positions, not {stop - start}")
-        rows = self._rows(sequence, start, stop)
+        data = unfilled_bytes(SNAPSHOT.size + (stop - start) * self._form.row_bytes)
+        self._rows(sequence, start, stop, writable(data, SNAPSHOT.size))
         if stop == self._streams.length(sequence):
             self._read = None  # its last block: megabytes that nobody needs
-        body = rows.tobytes()
-        return SNAPSHOT.pack(SNAPSHOT_MAGIC, _VERSION, 1, start, stop, head_checksum(body)) + body
+        check = head_checksum(memoryview(data)[SNAPSHOT.size :])
+        overwrite(data, 0, SNAPSHOT.pack(SNAPSHOT_MAGIC, _VERSION, 1, start, stop, check))
+        return data
 
     def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
         import numpy as np
@@ -297,10 +298,10 @@ class PrivateStreams(LlamaCppRuntime):
             blocks = [(rows, have), *blocks]
         self._write(sequence, self._form.state(blocks))
 
-    def _rows(self, sequence: int, start: int, stop: int) -> Bytes:
+    def _rows(self, sequence: int, start: int, stop: int, found: Bytes | None = None) -> Bytes:
         if sequence in self._pending:
             self._settle(sequence)
-        return self._form.rows(self._state(sequence), self._ids[sequence], start, stop)
+        return self._form.rows(self._state(sequence), self._ids[sequence], start, stop, found)
 
     def _state(self, sequence: int) -> bytes:
         """Of llama.cpp, for what is in the cache."""
