@@ -29,9 +29,10 @@ CLIENTS = 8
 CONTEXT = 4096
 MIN_ROUNDS = 10
 SINGLE_TOKENS, SHARED_TOKENS = 128, 64
-QUESTIONS = 3
-# Before a question, so that what a server does after its answer (keeping the conversation, for one) falls
-# neither into the other's turn nor into its own next one.
+# A lone client's alternations, for each of the others': one first token scatters by 20 ms here.
+SINGLE_ROUNDS = 4
+# Before a question, so that what a server does after its answer (keeping the conversation, for one)
+# falls neither into the other's turn nor into its own next one.
 PAUSE_S = 0.3
 SHORT_STREAMS, SHORT_TOKENS, LONG_TOKENS = 7, 600, 8
 SETTLED = 5  # pieces that each short stream has had before the long prompt comes
@@ -86,15 +87,9 @@ class Texts:
 
 
 def single(url: str, texts: Texts) -> dict[str, float]:
-    """The median of a few questions: one time to a first token scatters by 20 ms here."""
-    answers = []
-    for _ in range(QUESTIONS):
-        time.sleep(PAUSE_S)
-        answers.append(read_completion(url, texts.draw(60), SINGLE_TOKENS, body=NO_END))
-    return {
-        "one stream, tok/s": statistics.median(answer.decode_tok_s for answer in answers),
-        "time to first token, s": statistics.median(answer.ttft_s for answer in answers),
-    }
+    time.sleep(PAUSE_S)
+    answer = read_completion(url, texts.draw(60), SINGLE_TOKENS, body=NO_END)
+    return {"one stream, tok/s": answer.decode_tok_s, "time to first token, s": answer.ttft_s}
 
 
 def shared(url: str, texts: Texts) -> dict[str, float]:
@@ -140,15 +135,15 @@ def ours(model: Path, threads: int, slots: int) -> Iterator[str]:
 
 
 def compare(
-    bar: Bar, title: str, ours_turn: Side, peer_turn: Side, least: float | None = None
+    bar: Bar, title: str, ours_turn: Side, peer_turn: Side, times: int = 1
 ) -> tuple[Comparison, ...]:
     comparisons = alternate(
         ours_turn,
         peer_turn,
-        bar.options.rounds,
+        bar.options.rounds * times,
         lambda number, a, b: print(f"  round {number}: {dict(a)} | {dict(b)}", file=sys.stderr),
     )
-    bar.show(title, comparisons, least)
+    bar.show(title, comparisons)
     return tuple(comparisons)
 
 
@@ -164,7 +159,11 @@ def against_llama_server(bar: Bar, model: Path, threads: int) -> None:
             if slots == 1:
                 turns = [partial(single, each, Texts(1)) for each in (url, peer.url)]
                 speed, ttft = compare(
-                    bar, "one client", Side("edgeinfer", turns[0]), Side("llama-server", turns[1])
+                    bar,
+                    "one client",
+                    Side("edgeinfer", turns[0]),
+                    Side("llama-server", turns[1]),
+                    SINGLE_ROUNDS,
                 )
                 ratio = speed.ratio.median
                 bar.require(
