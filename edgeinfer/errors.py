@@ -15,6 +15,7 @@
     ├── TemplateError             a chat template raised, looped or broke its sandbox
     ├── ToolsInvalid              a request's tools or tool_choice cannot be right
     ├── PromptTooLong             carries both numbers
+    ├── ContextFull               an answer reached the end of the context, where that is an error
     ├── ConstraintInvalid         a schema or grammar that answers cannot be held to; carries the keyword
     ├── BackendError
     │   ├── BackendUnavailable    not installed or not usable here, with the reason
@@ -108,14 +109,27 @@ class ToolsInvalid(EdgeInferError):
 class PromptTooLong(EdgeInferError):
     """The prompt does not fit. Nothing was cut. at_least: it was not worth counting all of it."""
 
-    def __init__(self, prompt_tokens: int, context: int, *, at_least: bool = False) -> None:
+    def __init__(
+        self, prompt_tokens: int, context: int, *, at_least: bool = False, option: str = "--ctx"
+    ) -> None:
         super().__init__(
             # (client libraries know "this model's maximum context length is" and raise their own error)
             f"the prompt has {'at least ' * at_least}{prompt_tokens} tokens"
             f" and this model's maximum context length is {context} here, one of them for the answer;"
-            " shorten the prompt or raise --ctx"
+            f" shorten the prompt or raise {option}"
         )
         self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
+class ContextFull(EdgeInferError):
+    """The answer is not over and no token more fits. What was answered was told."""
+
+    def __init__(self, context: int, *, option: str = "--ctx") -> None:
+        super().__init__(
+            f"the answer filled the context of {context} tokens before it was over; raise {option},"
+            " or let old tokens go: --overflow stream"
+        )
         self.context = context
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.backend import MemoryItem, RuntimeSettings
 from edgeinfer.engine.process import LoadCommand
+from edgeinfer.engine.window import DEFAULT_SINKS
 from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
 from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.machine.ledger import Automatic
@@ -48,6 +49,8 @@ class OpenOptions:
     flash_attention: bool = True
     gpu_layers: int | None = None
     sequences: int = 1
+    window: int | None = None  # tokens that the model sees at once; None: the whole context
+    sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
     cache_bytes: int = DEFAULT_CACHE_BYTES
     mmap: bool = True
     remember: bool = False  # make it the model that is opened when none is named
@@ -60,6 +63,19 @@ class OpenOptions:
         _between("--gpu-layers", self.gpu_layers, 0, 10_000)
         _between("--parallel", self.sequences, 1, MAX_SEQUENCES)
         _between("--cache-ram", self.cache_bytes, 0, 2**50)
+        _between("--window", self.window, MIN_CONTEXT, MAX_CONTEXT)
+        _between("--sinks", self.sinks, 0, MAX_CONTEXT)
+        if self.window and self.context and self.window > self.context:
+            raise UsageError(
+                f"--window {self.window} is more than --ctx {self.context}, which is all that there is"
+                " memory for; lower the one or raise the other"
+            )
+        for option, size in (("--window", self.window), ("--ctx", self.context)):
+            if size is not None and size <= self.sinks:
+                raise UsageError(
+                    f"{option} {size} is not larger than --sinks {self.sinks}: no token but those would"
+                    " ever be seen"
+                )
 
 
 @dataclass(frozen=True)
@@ -88,10 +104,11 @@ def plan_open(
     backend = _choose_backend(options.backend, resolved.files.format)
     config = resolved.config
     warnings = list(resolved.notes)
-    context = options.context or default_context(config)
+    context = options.context or options.window or default_context(config)
     if config.context_trained and context > config.context_trained:
+        option = "--ctx" if options.context else "--window"
         warnings.append(
-            f"--ctx {context} is more than the {config.context_trained} tokens"
+            f"{option} {context} is more than the {config.context_trained} tokens"
             f" {resolved.files.name} was trained on; answers may degrade past that"
         )
     if resolved.template.origin == "fallback":
@@ -99,6 +116,7 @@ def plan_open(
             f"{resolved.files.name} has no chat template; the '{resolved.template.name}' form is used,"
             " which it may not have been trained on"
         )
+    warnings += _sinks_warnings(options)
     command = LoadCommand(
         backend,
         resolved.files,
@@ -106,7 +124,12 @@ def plan_open(
         options.sequences,
         options.cache_bytes,
         config=config,
-        automatic=Automatic(context=options.context is None, gpu_layers=options.gpu_layers is None),
+        automatic=Automatic(
+            context=options.context is None and options.window is None,
+            gpu_layers=options.gpu_layers is None,
+        ),
+        window=options.window,
+        sinks=options.sinks,
         costs_folder="" if options.threads or options.threads_batch else str(costs_folder()),
     )
     return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
@@ -117,21 +140,38 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
     paths = () if options.model is None else (Path(options.model),)
     files = ModelFiles(paths[0].stem if paths else "scripted", paths, "scripted")
     settings = RuntimeSettings(
-        context=options.context or DEFAULT_CONTEXT,
+        context=options.context or options.window or DEFAULT_CONTEXT,
         sequences=options.sequences,
         kv_type_k=options.kv_type_k,
         kv_type_v=options.kv_type_v,
     )
-    command = LoadCommand("scripted", files, settings, options.sequences, options.cache_bytes)
+    command = LoadCommand(
+        "scripted",
+        files,
+        settings,
+        options.sequences,
+        options.cache_bytes,
+        window=options.window,
+        sinks=options.sinks,
+    )
     template = TemplateSource(FALLBACKS["chatml"], "fallback", bos="", eos="<|im_end|>", name="chatml")
-    return OpenPlan(files.name, "", command, template, ())
+    return OpenPlan(files.name, "", command, template, tuple(_sinks_warnings(options)))
+
+
+def _sinks_warnings(options: OpenOptions) -> list[str]:
+    if options.sinks:
+        return []
+    return [
+        "--sinks 0: once old tokens leave a full context, the model soon writes nonsense; the first 4"
+        " tokens are enough to prevent it"
+    ]
 
 
 def predict_open(resolved: ResolvedModel, options: OpenOptions) -> list[MemoryItem]:
     """What opening a model with these options would take in all, on the processor alone, whether or not
     its backend can be used here."""
     backend = get_backend(_BACKEND_OF_FORMAT[resolved.files.format])
-    settings = _settings(options, options.context or default_context(resolved.config))
+    settings = _settings(options, options.context or options.window or default_context(resolved.config))
     return backend.predict_memory(resolved.files, resolved.config, settings)
 
 

@@ -19,6 +19,11 @@ from pathlib import Path
 
 ACCELERATORS = ("cpu", "cuda", "vulkan", "metal")
 
+# llama.cpp's AMX kernels, on the processors that have them, are left out. GCC before 12.4 and 13.3 drops
+# the stores that set the tiles up (GCC bug 114098), and the first step ends with an illegal instruction;
+# and they keep a copy of all weights that `predict_memory` does not know.
+WITHOUT_AMX = "-U__AMX_INT8__"
+
 # What CMake, scikit-build-core and the compilers read from the environment.
 BUILD_VARIABLES = (
     "CMAKE_ARGS",
@@ -109,6 +114,9 @@ def build_environment(accel: str, environ: Mapping[str, str] | None = None) -> d
     so that a CMAKE_ARGS of the user's own has the last word."""
     environ = os.environ if environ is None else environ
     result = dict(environ)
+    if "amx_int8" in cpu_flags().split():
+        for name in ("CFLAGS", "CXXFLAGS"):
+            result[name] = f"{environ.get(name, '')} {WITHOUT_AMX}".strip()
     arguments = " ".join([*cmake_flags(accel), environ.get("CMAKE_ARGS", "")]).strip()
     if arguments:
         result["CMAKE_ARGS"] = arguments

@@ -22,6 +22,9 @@ def chat(
     kv_type: options.KvType = "f16",
     kv_type_k: options.KvTypeK = None,
     kv_type_v: options.KvTypeV = None,
+    window: options.Window = None,
+    sinks: options.Sinks = 4,
+    overflow: options.Overflow = "stream",
     cache_ram: options.CacheRam = "1G",
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
@@ -39,7 +42,7 @@ def chat(
     debug: options.Debug = False,
 ) -> None:
     """Chat in the terminal."""
-    from edgeinfer.cli.opening import attached, open_options, puller
+    from edgeinfer.cli.opening import attached, checked_overflow, open_options, puller
     from edgeinfer.client import Client, LocalClient
     from edgeinfer.sampling import SamplingParams
 
@@ -64,8 +67,11 @@ def chat(
         kv_type=kv_type,
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
+        window=window,
+        sinks=sinks,
         cache_ram=cache_ram,
     )
+    wanted_overflow = checked_overflow(overflow)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} must be at least 1")
     for option, text in (("--system", system), *(("--stop", text) for text in stop or ())):
@@ -87,6 +93,7 @@ def chat(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
+        overflow=wanted_overflow,
         model_label=model or "" if attach is None else "",
     )
     raise typer.Exit(code)

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import typer
 
     from edgeinfer.client.http import HttpClient
+    from edgeinfer.engine.request import Overflow
     from edgeinfer.open import OpenOptions
 
+OVERFLOWS: tuple[Overflow, ...] = ("stream", "stop", "error")
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
@@ -29,6 +31,8 @@ def open_options(
     kv_type: str,
     kv_type_k: str | None,
     kv_type_v: str | None,
+    window: int | None = None,
+    sinks: int = 4,
     cache_ram: str,
 ) -> OpenOptions:
     """Raises UsageError naming the option that cannot be right."""
@@ -55,12 +59,25 @@ def open_options(
         gpu_layers=parse_count("--gpu-layers", gpu_layers),
         kv_type_k=kv_type_k or kv_type,
         kv_type_v=kv_type_v or kv_type,
+        window=window,
+        sinks=sinks,
         cache_bytes=parse_size("--cache-ram", cache_ram),
     )
 
 
 # What only the one who loads a model can choose.
-_LOADING = ("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram")
+_LOADING = (
+    *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
+    *("window", "sinks", "overflow"),
+)
+
+
+def checked_overflow(name: str) -> Overflow:
+    """Raises UsageError."""
+    for known in OVERFLOWS:
+        if name == known:
+            return known
+    raise UsageError(f"--overflow {name[:40]!r} is not one of {', '.join(OVERFLOWS)}")
 
 
 def attached(context: typer.Context, url: str, api_key: str | None) -> HttpClient:

@@ -128,6 +128,29 @@ KvType = Annotated[
 ]
 KvTypeK = Annotated[str | None, _option("kv-type-k", "The same, for the keys alone.", "TYPE", _MODEL)]
 KvTypeV = Annotated[str | None, _option("kv-type-v", "The same, for the values alone.", "TYPE", _MODEL)]
+Window = Annotated[
+    int | None,
+    _option(
+        "window",
+        "Tokens the model sees at once, at most --ctx. Default: all of the context.",
+        "N",
+        _MODEL,
+    ),
+]
+Sinks = Annotated[
+    int,
+    _option("sinks", "First tokens that stay when old ones leave a full context.", "N", _MODEL),
+]
+Overflow = Annotated[
+    str,
+    _option(
+        "overflow",
+        "Where the context is full: stream lets the oldest turns go, stop ends the answer, error fails"
+        " it. A prompt that does not fit is an error but with stream.",
+        "WHAT",
+        _MODEL,
+    ),
+]
 CacheRam = Annotated[
     str,
     _option(

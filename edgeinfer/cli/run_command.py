@@ -40,6 +40,9 @@ def run(
     kv_type: options.KvType = "f16",
     kv_type_k: options.KvTypeK = None,
     kv_type_v: options.KvTypeV = None,
+    window: options.Window = None,
+    sinks: options.Sinks = 4,
+    overflow: options.Overflow = "stop",
     cache_ram: options.CacheRam = "1G",
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
@@ -61,7 +64,7 @@ def run(
     debug: options.Debug = False,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
-    from edgeinfer.cli.opening import attached, open_options, puller
+    from edgeinfer.cli.opening import attached, checked_overflow, open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.cli.schema_file import read_constraint
     from edgeinfer.client import LocalClient, Message, Request
@@ -91,6 +94,8 @@ def run(
         kv_type=kv_type,
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
+        window=window,
+        sinks=sinks,
         cache_ram=cache_ram,
     )
     if schema == "-" and arguments[-1] == "-":
@@ -109,6 +114,7 @@ def run(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
+        overflow=checked_overflow(overflow),
         constraint=constraint,
     )
     status = StatusLine(enabled=not quiet)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgeinfer.client import LocalClient
+    from edgeinfer.engine.request import Overflow
     from edgeinfer.sampling import SamplingParams
     from edgeinfer.server.binding import Address
     from edgeinfer.server.guard import GuardSettings
@@ -46,6 +47,9 @@ def serve(
     kv_type: options.KvType = "f16",
     kv_type_k: options.KvTypeK = None,
     kv_type_v: options.KvTypeV = None,
+    window: options.Window = None,
+    sinks: options.Sinks = 4,
+    overflow: options.Overflow = "stop",
     cache_ram: options.CacheRam = "1G",
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
@@ -65,7 +69,7 @@ def serve(
     from contextlib import ExitStack
     from dataclasses import replace
 
-    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.cli.opening import checked_overflow, open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import LocalClient
     from edgeinfer.sampling import SamplingParams
@@ -95,6 +99,8 @@ def serve(
         kv_type=kv_type,
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
+        window=window,
+        sinks=sinks,
         cache_ram=cache_ram,
     )
     if not 0 <= port <= 65535:
@@ -103,6 +109,7 @@ def serve(
         raise UsageError(f"--queue {queue} is outside [0, {MAX_QUEUE}]")
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} must be at least 1")
+    wanted_overflow = checked_overflow(overflow)
     settings = ServiceSettings(
         parallel=parallel,
         queue=queue,
@@ -141,7 +148,7 @@ def serve(
             status.close()
         for warning in info.warnings:
             say(f"warning: {warning}")
-        _run(client, settings, sampling, max_tokens, guard, listening, say)
+        _run(client, settings, sampling, max_tokens, wanted_overflow, guard, listening, say)
 
 
 def _log_level() -> str:
@@ -164,6 +171,7 @@ def _run(
     settings: ServiceSettings,
     sampling: SamplingParams,
     max_tokens: int | None,
+    overflow: Overflow,
     guard: GuardSettings,
     listening: tuple[Address, list[socket.socket]],
     say: Callable[[str], None],
@@ -183,6 +191,7 @@ def _run(
         aliases=aliases,
         sampling=sampling,
         max_tokens=max_tokens,
+        overflow=overflow,
     )
     app = Guard(create_app(service, on_close=client.close), guard)
     run_server(app, None, lambda address: _greet(address.url, service, say), listening=listening)

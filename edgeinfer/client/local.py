@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Deaths without an answer in between, after which the worker is no longer restarted by itself.
 MAX_DEATHS_IN_A_ROW = 3
 MOST_SENT_AT_ONCE = 16_384  # characters or tokens: writing them as JSON takes the caller's time
+FOUND_BY = 200  # characters of a message by which it is found in the rendered prompt
+LONGEST_TURN_HEADER = 80  # characters; more before the first message is a system prompt of the template
 SUBMIT_TRIES = 3  # where the worker dies while a request is made ready for it
 
 
@@ -258,7 +260,15 @@ class LocalClient(Client):
         constraint = request.constraint
         if constraint is not None and request.may_think:
             constraint = self._after_thought(constraint, prompt)
-        return replace(request, messages=None, tools=(), prompt=prompt, stop=stop, constraint=constraint)
+        return replace(
+            request,
+            messages=None,
+            tools=(),
+            prompt=prompt,
+            stop=stop,
+            constraint=constraint,
+            kept_characters=system_length(request, prompt) if request.overflow == "stream" else 0,
+        )
 
     def _after_thought(self, constraint: Constraint, prompt: str) -> Constraint:
         """For a model that thinks first: the thought is free. Raises ConstraintInvalid."""
@@ -422,6 +432,21 @@ def _start_renderer(plan: OpenPlan) -> TemplateRenderer:
     renderer = TemplateRenderer(source.text, source.bos, source.eos)
     renderer.start()
     return renderer
+
+
+def system_length(request: Request, prompt: str) -> int:
+    """Characters of a rendered prompt before what its first user said, if a system prompt is among them:
+    the request's, or one that the template has of its own; else 0."""
+    messages = request.messages or ()
+    systems = [m.content.strip() for m in messages if m.role in ("system", "developer")]
+    first = next((m.content.strip() for m in messages if m.role not in ("system", "developer")), "")
+    after = 0
+    if systems and systems[0]:
+        after = max(prompt.find(systems[0]), 0) + len(systems[0])
+    begin = prompt.find(first[:FOUND_BY], after) if first else -1
+    if begin < 0:
+        return 0
+    return begin if systems or begin > LONGEST_TURN_HEADER else 0
 
 
 def _model_info(plan: OpenPlan, facts: Mapping[str, Any], more: tuple[str, ...]) -> ModelInfo:

@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import Runtime, Sampler, SequenceStep, Step
+from edgeinfer.engine.conversations import Conversations
 from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.grammar import Grammars, Matcher
-from edgeinfer.engine.prefix_cache import PrefixCache, common_length
 from edgeinfer.engine.request import (
     NO_STOP_STRINGS,
     CacheStats,
@@ -34,7 +34,6 @@ from edgeinfer.engine.request import (
     FinishReason,
     KvStats,
     Outcome,
-    Prefilled,
     Request,
     RunStats,
     Started,
@@ -43,15 +42,16 @@ from edgeinfer.engine.request import (
     Usage,
 )
 from edgeinfer.engine.scheduler import Demand, Limits, plan
-from edgeinfer.engine.sequence import LiveSequence, RunningRequest
+from edgeinfer.engine.sequence import RunningRequest
 from edgeinfer.engine.tuner import Choice, Tuner
+from edgeinfer.engine.window import Window
 from edgeinfer.errors import (
     BackendUnavailable,
+    ContextFull,
     EdgeInferError,
     OutOfCells,
     PromptTooLong,
     RequestFailed,
-    SnapshotRejected,
     StepAborted,
     StepFailed,
     UsageError,
@@ -73,12 +73,10 @@ CLOSED_EARLY = (
 )
 BUSY = "other programs keep the processor busy: fewer threads answered for a while"
 MOST_TELL_STRETCH = 3.0  # from six streams on; ten times a second still reads as a stream
-MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
-MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
 
 def _step_of(chosen: Sequence[tuple[RunningRequest, int]]) -> Step:
-    if len(chosen) == 1 and chosen[0][1] == 1 and chosen[0][0].is_decoding:
+    if len(chosen) == 1 and chosen[0][1] == 1 and not chosen[0][0].prompt_left:
         return chosen[0][0].decode_step()
     parts = []
     for running, count in chosen:
@@ -90,6 +88,16 @@ def _step_of(chosen: Sequence[tuple[RunningRequest, int]]) -> Step:
     return Step(parts)
 
 
+def _evicted(running: RunningRequest, window: Window) -> list[str]:
+    count = running.newly_evicted
+    if not count:
+        return []
+    return [
+        f"{count} of the conversation's oldest tokens left the context of {window.size}:"
+        " the model no longer sees them"
+    ]
+
+
 class Engine:
     def __init__(
         self,
@@ -98,10 +106,12 @@ class Engine:
         model: str,
         max_running: int = 1,
         cache_bytes: int = 0,
+        window: Window | None = None,
         tell_interval_s: float = 0.0,
         tuner: Tuner | None = None,
     ) -> None:
         """max_running: requests that run at once. cache_bytes: host memory for idle conversations.
+        window: what the model sees at once; None: the whole context, with the usual sinks.
         tell_interval_s: while there is nothing but tokens to decode, their text is worked out and told
         so far apart, and up to three times as far where there are many streams. (Between two steps
         everything the engine needs has left the processor's caches for the weights: doing it for five
@@ -111,11 +121,11 @@ class Engine:
         self.runtime = runtime
         self.model = model
         self.max_running = min(max_running, runtime.facts.max_sequences)
-        self.prefixes = PrefixCache(cache_bytes if runtime.facts.can.snapshot else 0)
+        self.window = window or Window.of(runtime.facts.context)
+        self.conversations = Conversations(runtime, self.window, cache_bytes)
         self.grammars = Grammars(runtime.tokenizer, runtime.facts.vocab_size)
         self._waiting: list[RunningRequest] = []
         self._running: list[RunningRequest] = []
-        self._idle: list[LiveSequence] = []  # least recently used first
         self._events: Events = []
         self._prefill_s_per_token = 0.0
         self._last_was_large = False
@@ -142,9 +152,11 @@ class Engine:
         tokens: Sequence[int],
         submitted: float | None = None,
         matcher: Matcher | None = None,
+        kept: int = 0,
     ) -> Events:
         """Take a request whose prompt is `tokens`. Returns its refusal, or nothing yet.
 
+        kept: tokens at its beginning that are its system prompt, which stays when the context is full.
         submitted: perf_counter() of when the user asked, for TTFT. matcher: of the request's constraint,
         from `grammars`; None: made here, which takes milliseconds and the first time half a second.
         """
@@ -161,6 +173,7 @@ class Engine:
             Detokenizer(request.stop, request.stop_before),
             matcher=matcher,
             warnings=warnings,
+            kept=kept,
         )
         if submitted is not None:
             running.submitted = submitted
@@ -188,14 +201,19 @@ class Engine:
             )
         if not tokens:
             return UsageError("the prompt is empty; say something")
-        if len(tokens) >= facts.context:
-            return PromptTooLong(len(tokens), facts.context)
+        most = facts.context if request.embedding else self.window.size
+        if len(tokens) >= most and (request.embedding or request.overflow != "stream"):
+            return PromptTooLong(len(tokens), most, option=self._size_option(most))
         biased = [token for token, _ in request.sampling.logit_bias]
         for name, ids in (("", tokens), ("logit_bias: ", biased)):
             bad = next((t for t in ids if not 0 <= t < facts.vocab_size), None)
             if bad is not None:
                 return UsageError(f"{name}token {bad} is outside the vocabulary of {facts.vocab_size}")
         return None
+
+    def _size_option(self, most: int) -> str:
+        """What makes a limit of so many tokens larger."""
+        return "--window" if most < self.runtime.facts.context else "--ctx"
 
     def cancel(self, key: int) -> Events:
         """End a request. Unknown or finished keys are ignored: the end and the wish may cross."""
@@ -212,8 +230,8 @@ class Engine:
             waiting=len(self._waiting),
             cells=cells,
             used_cells=cells - self.runtime.free_cells(),
-            cache_bytes=self.prefixes.num_bytes,
-            cache_capacity_bytes=self.prefixes.capacity,
+            cache_bytes=self.conversations.prefixes.num_bytes,
+            cache_capacity_bytes=self.conversations.prefixes.capacity,
         )
 
     @functools.cached_property
@@ -243,6 +261,7 @@ class Engine:
         self._events = []
         self._admit()
         if not self._events:
+            self._make_room()
             if self._num_embedding and (embedding := self._next_embedding()) is not None:
                 self._embed(embedding)
             elif chosen := self._plan():
@@ -250,6 +269,13 @@ class Engine:
                 self._tell_texts()
         events, self._events = self._events, []
         return events
+
+    def _make_room(self) -> None:
+        for running in [r for r in self._running if len(r.tokens) > self.window.size]:
+            try:
+                self.conversations.make_room(running)
+            except (StepFailed, OutOfCells) as error:
+                self._events += self._end(running, "failed", "stop", error)
 
     def _plan(self) -> list[tuple[RunningRequest, int]]:
         if len(self._running) == 1 and not self._running[0].prompt_left:
@@ -306,8 +332,7 @@ class Engine:
         except StepAborted:
             return  # somebody cancelled: nothing was kept, the next plan is without them
         except OutOfCells:
-            if self._idle:
-                self._release(self._idle[0])
+            if self.conversations.release_oldest():
                 return
             victim = max(chosen, key=lambda item: item[0].admitted)[0]
             error = OutOfCells("the KV cache is full; raise --ctx or run fewer requests at once")
@@ -327,9 +352,8 @@ class Engine:
             running.num_computed += count
             if result.counts[index]:
                 self._sample(running, result.starts[index])
-            elif prefilling:
-                done = running.num_computed
-                self._events.append((running.key, Prefilled(done, len(running.prompt))))
+            elif prefilling and not running.is_decoding:
+                self._events.append((running.key, running.prefilled()))
 
     # -- embeddings ------------------------------------------------------------------------------
 
@@ -357,7 +381,7 @@ class Engine:
         running.hidden_sum = [a + b for a, b in zip(total, hidden, strict=True)] if total else hidden
         running.num_computed += len(piece)
         if running.prompt_left:
-            self._events.append((running.key, Prefilled(running.num_computed, len(running.prompt))))
+            self._events.append((running.key, running.prefilled()))
             return
         norm = math.sqrt(math.fsum(x * x for x in running.hidden_sum))
         if not math.isfinite(norm) or norm == 0.0:
@@ -419,17 +443,21 @@ class Engine:
         running.last_token = now
         if runtime.tokenizer.is_end(token) and not request.ignore_eos:
             running.read(runtime.tokenizer)  # up to here: the end token is no text
-            running.tokens.append(token)
+            running.append(token)
             running.num_read = len(running.tokens)
             self._events += self._end(running, "finished", "stop")
             return
         if request.logprobs is not None:  # not of an end token, whose text is not in the answer
             running.untold_logprobs.append(self._logprob(runtime.logits(row), token, request.logprobs))
-        running.tokens.append(token)
-        reason: FinishReason | None = running.length_reason(runtime.facts.context)
+        running.append(token)
+        size = self.window.size
+        reason: FinishReason | None = running.length_reason(size)
         if running.has_own_end and self._is_at_end(running):
             reason = "stop"
-        if reason is not None:
+        if reason == "length" and request.overflow == "error" and len(running.tokens) > size:
+            full = ContextFull(size, option=self._size_option(size))
+            self._events += self._end(running, "failed", "length", full)
+        elif reason is not None:
             self._events += self._end(running, "finished", reason)
 
     def _is_at_end(self, running: RunningRequest) -> bool:
@@ -447,7 +475,7 @@ class Engine:
         runtime = self.runtime
         token = runtime.sample(row, sampler, matcher.mask())
         if not runtime.tokenizer.is_end(token):
-            return matcher.accept(token, running.tokens_left(runtime.facts.context) - 1)
+            return matcher.accept(token, running.tokens_left(self.window.size) - 1)
         if not matcher.may_end:
             raise RequestFailed("the answer ended before its form was complete")
         return token
@@ -523,12 +551,11 @@ class Engine:
             running.sampler.close()
             running.sampler = None
         if running.handle is not None:
-            handle, running.handle = running.handle, None
-            keep = running.num_computed and outcome != "failed" and not running.request.embedding
-            if keep:
-                self._idle.append(LiveSequence(handle, running.tokens[: running.num_computed]))
+            if running.num_computed and outcome != "failed" and not running.request.embedding:
+                self.conversations.keep(running)
             else:
-                self.runtime.free(handle)
+                self.runtime.free(running.handle)
+                running.handle = None
         if error is not None:
             ended = Ended(outcome, stats, type(error).__name__, str(error))
         else:
@@ -541,9 +568,8 @@ class Engine:
         timings = Timings()
         if running.first_token:
             timings.ttft_s = running.first_token - running.submitted
-            prefilled = len(running.prompt) - running.num_cached
             prefill_s = running.first_token - running.admitted
-            timings.prefill_tok_s = prefilled / prefill_s if prefill_s > 0 else 0.0
+            timings.prefill_tok_s = running.num_prefilled / prefill_s if prefill_s > 0 else 0.0
             decode_s = running.last_token - running.first_token
             timings.decode_tok_s = (answered - 1) / decode_s if decode_s > 0 else 0.0
         return RunStats(
@@ -556,16 +582,17 @@ class Engine:
                 facts.kv_type_v,
                 running.num_computed * facts.kv_bytes_per_token,
                 running.evicted,
+                running.newly_evicted,
             ),
             cache=CacheStats(running.num_cached > 0, running.cache_tier, running.num_cached),
             backend=facts.backend,
             model=self.model,
             seed=running.seed,
-            context=facts.context,
-            warnings=[*facts.warnings, *running.warnings],
+            context=self.window.size,
+            warnings=[*facts.warnings, *running.warnings, *_evicted(running, self.window)],
         )
 
-    # -- admission and the prefix cache ----------------------------------------------------------
+    # -- admission -------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_running:
@@ -576,7 +603,7 @@ class Engine:
             running.admitted = time.perf_counter()
             self._num_embedding += running.request.embedding
             try:
-                self._place(running)
+                self.conversations.place(running, self._running)
                 if not running.request.embedding:
                     running.sampler = self._make_sampler(running)
             except (EdgeInferError, ValueError) as error:
@@ -600,30 +627,11 @@ class Engine:
                 turns[waiting.request.asked_by],
             ),
         )
-        chosen = next((waiting for waiting in order if not self._will_be_shared(waiting)), None)
+        will_be_shared = self.conversations.will_be_shared
+        chosen = next((waiting for waiting in order if not will_be_shared(waiting, self._running)), None)
         if chosen is not None:
             turns[chosen.request.asked_by] = max(turns.values()) + 1
         return chosen
-
-    def _will_be_shared(self, waiting: RunningRequest) -> bool:
-        """Whether somebody is just reading what this prompt begins with: then it waits for that and
-        forks it, and it is read once. (Several answers to one prompt come at once, as do several
-        chats with one system prompt.)"""
-        facts = self.runtime.facts
-        if waiting.request.embedding or not facts.can.fork:
-            return False
-        limit = len(waiting.prompt) - 1
-        for running in self._running:
-            if running.request.embedding or not running.prompt_left:
-                continue
-            shared = min(common_length(running.tokens, list(waiting.prompt)), limit)
-            shared -= shared % facts.stable_chunk_tokens
-            if shared - running.num_computed < MIN_FORK_TOKENS:
-                continue
-            _, idle_length = self._best_idle(waiting.prompt, limit)
-            if max(idle_length, self.prefixes.match(waiting.prompt[:limit]).num_tokens) < shared:
-                return True
-        return False
 
     def _make_sampler(self, running: RunningRequest) -> Sampler:
         params = running.request.sampling
@@ -634,136 +642,26 @@ class Engine:
                 sampler.accept(token)
         return sampler
 
-    def _place(self, running: RunningRequest) -> None:
-        """Give a request a sequence that holds as much of its prompt as is known anywhere.
-
-        Idle conversations leave the KV cache for host memory: masked cells cost every step.
-        """
-        if running.request.embedding:  # needs the hidden states of all its tokens
-            for idle in list(self._idle):
-                self._release(idle)
-            running.handle = self.runtime.open()
-            return
-        limit = len(running.prompt) - 1  # the last token is run again for its logits
-        live, live_length = self._best_idle(running.prompt, limit)
-        twin, twin_length = self._best_running(running.prompt, limit)
-        if live is not None:
-            self._idle.remove(live)
-        for idle in list(self._idle):
-            self._release(idle)
-        stored = self.prefixes.match(running.prompt[:limit]) if limit else None
-        stored_length = stored.num_tokens if stored else 0
-        if live is not None and live_length >= max(stored_length, twin_length):
-            if len(live.tokens) - live_length >= MIN_SAVED_TAIL:
-                self._try_to_save(live)
-            self.runtime.rewind(live.handle, live_length)
-            running.handle, running.num_computed = live.handle, live_length
-            running.cache_tier = "live"
-        else:
-            if live is not None:
-                self._release(live)
-            if twin is not None and twin_length >= max(stored_length, MIN_FORK_TOKENS):
-                assert twin.handle is not None
-                running.handle = self.runtime.fork(twin.handle, twin_length)
-                running.num_computed, running.cache_tier = twin_length, "live"
-            else:
-                running.handle = self.runtime.open()
-                if stored is not None and stored_length:
-                    self._restore(running, stored_length)
-        running.num_cached = running.num_computed
-        if not running.num_cached:
-            running.cache_tier = "none"
-
-    def _best_idle(self, prompt: Sequence[int], limit: int) -> tuple[LiveSequence | None, int]:
-        best, length = None, 0
-        for idle in self._idle:
-            shared = min(common_length(idle.tokens, list(prompt)), limit)
-            if shared < len(idle.tokens) and not self.runtime.facts.can.rewind:
-                continue  # its tail cannot be taken off again
-            if shared > length:
-                best, length = idle, shared
-        return best, length
-
-    def _best_running(self, prompt: Sequence[int], limit: int) -> tuple[RunningRequest | None, int]:
-        best, length = None, 0
-        if not self.runtime.facts.can.fork:
-            return best, length
-        for running in self._running:
-            if running.request.embedding:
-                continue
-            computed = running.tokens[: running.num_computed]
-            shared = min(common_length(computed, list(prompt)), limit)
-            shared -= shared % self.runtime.facts.stable_chunk_tokens  # see RuntimeFacts
-            if shared > length:
-                best, length = running, shared
-        return best, length
-
-    def _restore(self, running: RunningRequest, limit: int) -> None:
-        """Blocks from host memory into the request's new sequence; a refused block ends it there."""
-        runtime, handle = self.runtime, running.handle
-        assert handle is not None
-        for block in self.prefixes.match(running.prompt[:limit]).blocks:
-            try:
-                runtime.restore(handle, block.payload, len(block.tokens))
-            except (SnapshotRejected, OutOfCells) as error:
-                running.warnings.append(f"a cached part of the conversation was not used: {error}")
-                break
-        have = runtime.length(handle)
-        if have > limit:
-            if not runtime.facts.can.rewind:
-                runtime.free(handle)
-                running.handle = runtime.open()
-                return
-            runtime.rewind(handle, limit)
-        running.num_computed = min(have, limit)
-        running.cache_tier = "memory"
-
-    def _release(self, idle: LiveSequence) -> None:
-        """Move an idle conversation out of the KV cache, into host memory if there is room."""
-        self._try_to_save(idle)
-        if idle in self._idle:
-            self._idle.remove(idle)
-        self.runtime.free(idle.handle)
-
-    def _try_to_save(self, idle: LiveSequence) -> None:
-        """Who needs its cells shall have them: what cannot be copied will be read again."""
-        try:
-            self._save(idle)
-        except EdgeInferError as error:
-            log.warning("a conversation was not kept in the prompt cache: %s", error)
-
-    def _save(self, idle: LiveSequence, most_blocks: int | None = None) -> None:
-        added = self.prefixes.store(
-            idle.tokens,
-            lambda start, stop: self.runtime.snapshot(idle.handle, start, stop),
-            self.runtime.facts.kv_bytes_per_token,
-            most_blocks,
-        )
-        idle.is_saved = most_blocks is None or not added
-
     def use_idle(self) -> bool:
-        """Copy a block of a conversation that rests to host memory, while nobody waits: the next request
-        may need its cells, and then would wait for that. False if there is nothing to copy."""
-        idle = next((idle for idle in self._idle if not idle.is_saved), None)
-        if idle is not None:
-            try:
-                self._save(idle, most_blocks=1)
-            except EdgeInferError:  # whoever needs its cells will be told
-                idle.is_saved = True
-        return idle is not None
+        """Do a piece of what can be done while nobody waits; False if there is none."""
+        return self.conversations.use_idle()
 
     # -- invariants ------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """For tests: the engine, the runtime and the prefix cache agree."""
-        handles = [r.handle for r in self._running] + [idle.handle for idle in self._idle]
+        resting = self.conversations.idle
+        handles = [r.handle for r in self._running] + [idle.handle for idle in resting]
         assert len(set(handles)) == len(handles), "two owners of one sequence"
         for running in self._running:
             assert running.handle is not None
             assert self.runtime.length(running.handle) == running.num_computed
-        for idle in self._idle:
+            assert len(running.history) == len(running.tokens) + running.evicted
+            if running.gap is not None:
+                assert running.gap.cells(running.history) == running.tokens
+        for idle in resting:
             assert self.runtime.length(idle.handle) == len(idle.tokens)
-        self.prefixes.check_integrity()
+        self.conversations.prefixes.check_integrity()
         self.runtime.check_integrity()
 
     def close(self) -> None:

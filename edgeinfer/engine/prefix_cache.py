@@ -2,28 +2,29 @@
 
 A block holds the keys and values of up to BLOCK_TOKENS positions; its key is a hash chained over all
 tokens before it (as in vLLM v1), so equal keys mean equal histories and conversations with a common
-prefix share blocks. Memory is bounded: the least recently used leaf goes first.
+prefix share blocks. Blocks of a sequence that was evicted from hang from a root of their own
+(history.py). Memory is bounded: the least recently used leaf goes first.
 """
 
 from __future__ import annotations
 
-import array
-import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.backend import BLOCK_TOKENS
+from edgeinfer.engine.history import ROOT, Gap, new_hash, token_bytes
 
-ROOT = b""
+MOST_GAPS = 4096  # kept; the least recently used are forgotten, and their blocks with them
 
 
 @dataclass(frozen=True)
 class Block:
     key: bytes
-    parent: bytes
+    parent: bytes  # the key of the block before it, or a root
     tokens: tuple[int, ...]
     payload: bytes
+    is_first: bool
 
     @property
     def num_bytes(self) -> int:
@@ -39,8 +40,7 @@ class Match:
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    data = array.array("q", tokens).tobytes()
-    return hashlib.blake2b(parent + data, digest_size=16).digest()
+    return new_hash(parent + token_bytes(tokens)).digest()
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -66,14 +66,20 @@ class PrefixCache:
         self.num_bytes = 0
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
         self._children: dict[bytes, list[bytes]] = {}
+        self._gaps: OrderedDict[bytes, Gap] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    @property
+    def gaps(self) -> Iterable[Gap]:
+        """Of the conversations that were kept and evicted from."""
+        return self._gaps.values()
+
+    def match(self, tokens: Sequence[int], root: bytes = ROOT) -> Match:
         """The longest cached prefix of `tokens`; counts as use."""
         found: list[Block] = []
-        parent, position = ROOT, 0
+        parent, position = root, 0
         while True:
             wanted = tuple(tokens[position : position + BLOCK_TOKENS])
             if len(wanted) == BLOCK_TOKENS:
@@ -100,15 +106,21 @@ class PrefixCache:
         snapshot: Callable[[int, int], bytes],
         bytes_per_token: int,
         most_blocks: int | None = None,
+        gap: Gap | None = None,
     ) -> int:
         """Keep the sequence whose positions hold `tokens`; `snapshot(start, stop)` is called for the
-        blocks not here yet, or the first `most_blocks` of them. Returns how many bytes were added; 0 if
-        it is here already, or does not fit at all."""
+        blocks not here yet, or the first `most_blocks` of them. gap: what it holds no more. Returns how
+        many bytes were added; 0 if it is here already, or does not fit at all."""
         if self.capacity <= 0 or len(tokens) * bytes_per_token > self.capacity:
             return 0
         added = 0
         path: list[Block] = []
-        parent = ROOT
+        parent = ROOT if gap is None else gap.root
+        if gap is not None:
+            self._gaps[gap.key] = gap
+            self._gaps.move_to_end(gap.key)
+            if len(self._gaps) > MOST_GAPS:
+                self._gaps.popitem(last=False)
         for start in range(0, len(tokens), BLOCK_TOKENS):
             part = tuple(tokens[start : start + BLOCK_TOKENS])
             key = block_key(parent, part)
@@ -120,7 +132,7 @@ class PrefixCache:
                 if longer is not None:  # a tail that a kept block already covers
                     path.append(longer)
                     break
-                block = Block(key, parent, part, snapshot(start, start + len(part)))
+                block = Block(key, parent, part, snapshot(start, start + len(part)), start == 0)
                 self._add(block)
                 added += block.num_bytes
                 most_blocks = None if most_blocks is None else most_blocks - 1
@@ -133,13 +145,14 @@ class PrefixCache:
     def clear(self) -> None:
         self._blocks.clear()
         self._children.clear()
+        self._gaps.clear()
         self.num_bytes = 0
 
     def check_integrity(self) -> None:
         assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values())
         for key, block in self._blocks.items():
             assert key in self._children[block.parent]
-            assert block.parent == ROOT or block.parent in self._blocks, "an orphan"
+            assert block.is_first or block.parent in self._blocks, "an orphan"
         assert sum(len(c) for c in self._children.values()) == len(self._blocks)
 
     def _extension(self, parent: bytes, part: tuple[int, ...]) -> Block | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
+from edgeinfer.engine.window import DEFAULT_SINKS
 from edgeinfer.engine.wire import encoded, event_from_wire, receive, request_to_wire
 from edgeinfer.errors import EdgeInferError, RequestFailed, WorkerDied, error_from_wire
 from edgeinfer.machine.ledger import Automatic
@@ -28,6 +29,10 @@ from edgeinfer_models.model_files import ModelFiles
 log = logging.getLogger("edgeinfer.worker")
 
 SHUTDOWN_S = 2.0
+ILLEGAL_INSTRUCTION = (
+    " (llama.cpp was compiled for another processor, or with a compiler that is wrong about this one;"
+    " compile it again: `make clean setup`)"
+)
 PIPE_BUF: int = getattr(select, "PIPE_BUF", 512)  # written whole, or not at all
 
 # Weights, KV cache and buffers on pages of 2 MiB where the system gives them to those who ask (Linux's
@@ -44,6 +49,8 @@ class LoadCommand:
     cache_bytes: int = 0
     config: ModelConfig | None = None  # None: a script
     automatic: Automatic = field(default_factory=Automatic)  # settings that may be changed to fit
+    window: int | None = None  # tokens that the model sees at once; None: the whole context
+    sinks: int = DEFAULT_SINKS
     costs_folder: str = ""  # of measured step costs, by which threads are chosen; "": they are fixed
 
 
@@ -132,6 +139,8 @@ class EngineProcess:
                 "cache_bytes": command.cache_bytes,
                 "config": None if command.config is None else asdict(command.config),
                 "automatic": asdict(command.automatic),
+                "window": command.window,
+                "sinks": command.sinks,
                 "costs_folder": command.costs_folder,
             }
         )
@@ -216,6 +225,7 @@ class EngineProcess:
         if code < 0:
             try:
                 how = f"was killed by {signal.Signals(-code).name}"
+                how += ILLEGAL_INSTRUCTION if -code == signal.SIGILL else ""
             except ValueError:
                 how = f"was killed by signal {-code}"
         else:

@@ -51,7 +51,10 @@ class Request:
     stop_before: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token's and the n likeliest others'
-    overflow: Overflow = "error"
+    # Where the context is full: "stream" lets the oldest tokens go, "stop" ends the answer with
+    # `length`, "error" fails it. (A prompt that does not fit is refused by the latter two.)
+    overflow: Overflow = "stop"
+    kept_characters: int = 0  # of `prompt`, those of the system prompt, which stays
     constraint: Constraint | None = None
     may_think: bool = False  # before the constrained answer, in the tags of the model's template
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -119,7 +122,8 @@ class KvStats:
     type_k: str = "none"
     type_v: str = "none"
     bytes: int = 0
-    evicted_tokens: int = 0
+    evicted_tokens: int = 0  # of the conversation, those that the model no longer saw at the end
+    newly_evicted: int = 0  # of them, those that left for this request
 
 
 @dataclass

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import Sampler, SequenceStep, Step
 from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.grammar import Matcher
-from edgeinfer.engine.request import CacheTier, Event, FinishReason, Request, Text, TokenLogprob
+from edgeinfer.engine.history import ROOT, Gap
+from edgeinfer.engine.request import (
+    CacheTier,
+    Event,
+    FinishReason,
+    Prefilled,
+    Request,
+    Text,
+    TokenLogprob,
+)
 
 if TYPE_CHECKING:
     from edgeinfer_models.tokenizer import Tokenizer
@@ -18,17 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
-    """`tokens` is the whole history, prompt and answer; the first `num_computed` are in the cache."""
+    """`tokens` is prompt and answer, but for what a `gap` says was evicted; the first `num_computed` of
+    them are in the cache, and the first `num_prompt` are read before the next one is drawn."""
 
     key: int
     request: Request
-    prompt: Tokens[int]
+    prompt: Tokens[int]  # as it was asked, whole
     seed: int
     detokenizer: Detokenizer
     submitted: float = field(default_factory=time.perf_counter)
+    kept: int = 0  # tokens of the prompt that are its system prompt
     tokens: list[int] = field(default_factory=list)
+    answered: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_prompt: int = 0
     num_cached: int = 0
+    num_prefilled: int = 0
+    gap: Gap | None = None
+    newly_evicted: int = 0
     cache_tier: CacheTier = "none"
     handle: int | None = None  # the runtime's sequence
     sampler: Sampler | None = None
@@ -40,7 +56,6 @@ class RunningRequest:
     admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
-    evicted: int = 0
     hidden_sum: list[float] = field(default_factory=list)  # of an embedding's tokens so far
     warnings: list[str] = field(default_factory=list)
     has_own_end: bool = False  # that no end token says: stop strings, or a grammar's
@@ -49,21 +64,66 @@ class RunningRequest:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
-        self.num_read = len(self.prompt)
+        self.num_prompt = self.num_read = len(self.prompt)
         self.has_own_end = bool(self.request.stop) or self.request.constraint is not None
 
     @property
     def num_answered(self) -> int:
-        return len(self.tokens) - len(self.prompt)
+        return len(self.answered)
 
     @property
     def prompt_left(self) -> int:
-        """Prompt tokens not yet in the cache."""
-        return max(0, len(self.prompt) - self.num_computed)
+        """Tokens to be read that are not yet in the cache: of the prompt, or of the whole conversation
+        where it is read again in the middle of an answer."""
+        return max(0, self.num_prompt - self.num_computed)
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_answered > 0
+        return bool(self.answered)
+
+    @property
+    def streams(self) -> bool:
+        """Whether old tokens leave where the context is full."""
+        return self.request.overflow == "stream" and not self.request.embedding
+
+    @property
+    def evicted(self) -> int:
+        return self.gap.count if self.gap is not None else 0
+
+    @property
+    def history(self) -> list[int]:
+        """All that was said, evicted or not."""
+        return [*self.prompt, *self.answered]
+
+    @property
+    def computed_history(self) -> list[int]:
+        """Of it, what the cells depend on."""
+        return self.history[: self.num_computed + self.evicted]
+
+    def append(self, token: int) -> None:
+        """A token was drawn."""
+        self.tokens.append(token)
+        self.answered.append(token)
+
+    def begin(self, tokens: list[int], gap: Gap | None) -> None:
+        """The cells are to hold `tokens`, of which none is in them yet."""
+        self.tokens, self.gap = tokens, gap
+        self.num_computed = 0
+        self.num_prompt = self.num_read = len(tokens)
+
+    def drop(self, gap: Gap, count: int) -> None:
+        """`count` tokens at the gap left the cells."""
+        assert self.num_read == len(self.tokens), "their text was not worked out"
+        del self.tokens[gap.head : gap.head + count]
+        self.gap = gap
+        self.num_computed -= count
+        self.num_prompt = max(0, self.num_prompt - count)
+        self.num_read = len(self.tokens)
+        self.newly_evicted += count
+
+    def prefilled(self) -> Prefilled:
+        """How far its prompt is read; what was evicted need not be."""
+        return Prefilled(len(self.prompt) - self.prompt_left, len(self.prompt))
 
     def next_tokens(self, count: int) -> list[int]:
         return self.tokens[self.num_computed : self.num_computed + count]
@@ -97,17 +157,22 @@ class RunningRequest:
 
     def tokens_left(self, context: int) -> int:
         """That the answer may still get, see `length_reason`."""
-        left = context + 1 - len(self.tokens)
         limit = self.request.max_tokens
+        if self.streams:
+            return (context if limit is None else limit) - self.num_answered
+        left = context + 1 - len(self.tokens)
         return left if limit is None else min(left, limit - self.num_answered)
 
     def length_reason(self, context: int) -> FinishReason | None:
         """ "length" once the answer may not grow: asked-for size reached, or the context is full (the
-        newest token is not in the cache yet and needs a cell to go on)."""
+        newest token is not in the cache yet and needs a cell to go on). Where old tokens leave, an
+        answer of no asked-for size grows to that of the context: a model may go on forever."""
         limit = self.request.max_tokens
-        if limit is not None and self.num_answered >= limit:
+        if self.streams:
+            limit = context if limit is None else limit
+        elif len(self.tokens) > context:
             return "length"
-        return "length" if len(self.tokens) > context else None
+        return "length" if limit is not None and self.num_answered >= limit else None
 
 
 @dataclass
@@ -116,4 +181,9 @@ class LiveSequence:
 
     handle: int
     tokens: list[int]
+    gap: Gap | None = None
     is_saved: bool = False  # as much of it as may be is in host memory too
+
+    @property
+    def root(self) -> bytes:
+        return ROOT if self.gap is None else self.gap.root

@@ -35,6 +35,7 @@ from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import fit_here, report_memory
 from edgeinfer.engine.request import Ended, Queued, RunStats, Started
 from edgeinfer.engine.tuner import Tuner
+from edgeinfer.engine.window import Window
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
 from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, RequestFailed
 from edgeinfer.machine.ledger import Automatic
@@ -53,6 +54,7 @@ SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
 PROMPT_END = 64  # characters of a prompt that are told back
 SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
 PLAUSIBLE_BYTES = 16  # of text for each token of context; more is looked at before it is tokenized
+MOST_STREAMED = 2**20  # tokens of a conversation whose beginning need not fit into the context
 
 
 class Worker:
@@ -137,6 +139,7 @@ class Worker:
                     command["tokens"],
                     command["received"],
                     command.get("matcher"),
+                    command.get("kept", 0),
                 )
                 if "queued" in command:
                     events = [(key, command["queued"]), *events]
@@ -217,6 +220,7 @@ class Worker:
             model=files.name,
             max_running=command["max_running"],
             cache_bytes=fit.cache_bytes,
+            window=Window.of(runtime.facts.context, command["window"], command["sinks"]),
             tell_interval_s=TELL_INTERVAL_S,
             tuner=tuner,
         )
@@ -233,7 +237,7 @@ class Worker:
                 "load_s": time.perf_counter() - begin,
                 "backend": facts.backend,
                 "device": facts.device,
-                "context": facts.context,
+                "context": self._engine.window.size,
                 "context_trained": facts.context_trained,
                 "vocab_size": facts.vocab_size,
                 "kv_type_k": facts.kv_type_k,
@@ -368,9 +372,12 @@ class Worker:
         key = command["key"]
         if key not in self._given_up:
             try:
-                command["request"] = request_from_wire(command["request"])
-                command["tokens"] = self._tokenize(command["request"].prompt, command["request"].tokens)
-                command["matcher"] = self._match(command["request"].constraint)
+                request = command["request"] = request_from_wire(command["request"])
+                is_bounded = request.overflow != "stream" or request.embedding
+                command["tokens"] = self._tokenize(request.prompt, request.tokens, is_bounded)
+                if request.kept_characters and request.prompt is not None:
+                    command["kept"] = len(self._tokenize(request.prompt[: request.kept_characters]))
+                command["matcher"] = self._match(request.constraint)
                 self._tell_queued(command)
             except EdgeInferError as error:
                 command["error"] = error
@@ -419,7 +426,7 @@ class Worker:
             return {"error": "no model is loaded"}
         tokenizer = engine.runtime.tokenizer
         if what == "count":
-            return {"tokens": len(self._tokenize(question["prompt"], None))}
+            return {"tokens": len(self._tokenize(question["prompt"]))}
         if what == "tokenize":
             tokens = tokenizer.encode(
                 question["text"],
@@ -435,7 +442,10 @@ class Worker:
             return {"text": tokenizer.decode(tokens)}
         return {"status": asdict(engine.status())}
 
-    def _tokenize(self, prompt: str | None, tokens: Iterable[int] | None) -> list[int]:
+    def _tokenize(
+        self, prompt: str | None, tokens: Iterable[int] | None = None, is_bounded: bool = True
+    ) -> list[int]:
+        """is_bounded: it is refused if it does not fit into the context. Raises PromptTooLong."""
         if tokens is not None:
             return list(tokens)
         engine = self._engine
@@ -443,7 +453,7 @@ class Worker:
             raise RequestFailed("no model is loaded")
         assert prompt is not None
         tokenizer = engine.runtime.tokenizer
-        context = engine.runtime.facts.context
+        context = engine.runtime.facts.context if is_bounded else MOST_STREAMED
         if len(prompt) > PLAUSIBLE_BYTES * context:  # seconds of tokenizing, for nothing
             least = len(prompt) // engine.longest_piece
             if least >= context:

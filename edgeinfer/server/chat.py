@@ -47,6 +47,7 @@ class ChatJob:
             stop=body.stop_strings,
             stop_before=dialect.tools.begins_call(callable_tools) if is_free else (),
             ignore_eos=body.ignore_eos,
+            overflow=service.overflow,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             tools=tuple(shown or ()),
             template_options=_template_options(body),

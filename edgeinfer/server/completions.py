@@ -50,6 +50,7 @@ class CompletionJob:
             max_tokens=body.most_tokens(service.max_tokens or DEFAULT_MAX_TOKENS),
             stop=body.stop_strings,
             ignore_eos=body.ignore_eos,
+            overflow=service.overflow,
             logprobs=body.logprobs,
             constraint=format_of(body.response_format),
             asked_by=asked_by,

@@ -11,6 +11,7 @@ from typing import Literal
 from edgeinfer.errors import (
     BackendUnavailable,
     ConstraintInvalid,
+    ContextFull,
     EdgeInferError,
     HubUnreachable,
     ModelNotFound,
@@ -118,6 +119,7 @@ STATUS_OF: dict[type[EdgeInferError], Mapped] = {
     BackendUnavailable: Mapped(400, "invalid_request_error", "unsupported_by_backend"),
     TemplateError: Mapped(400, "invalid_request_error", "template_error"),
     PromptTooLong: Mapped(400, "exceed_context_size_error", "context_length_exceeded"),
+    ContextFull: Mapped(400, "exceed_context_size_error", "context_length_exceeded"),
     ModelNotFound: Mapped(404, "not_found_error", "model_not_found"),
     ModelTooLarge: Mapped(507, "server_error", "model_too_large", _REPEATING_IS_VAIN),
     HubUnreachable: Mapped(503, "server_error", "hub_unreachable"),

@@ -107,7 +107,7 @@ class Metrics:
         self.completion_tokens.inc(stats.usage.completion_tokens)
         if stats.timings.ttft_s:
             self.ttft.observe(stats.timings.ttft_s)
-        self.evicted_tokens.inc(stats.kv.evicted_tokens)
+        self.evicted_tokens.inc(stats.kv.newly_evicted)
         self.drafted_tokens.inc(stats.speculation.drafted)
         self.accepted_tokens.inc(stats.speculation.accepted)
 

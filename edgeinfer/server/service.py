@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from edgeinfer.client import Ended, EngineStatus, Event, LocalClient, ModelInfo, Request
+from edgeinfer.client import Ended, EngineStatus, Event, LocalClient, ModelInfo, Overflow, Request
 from edgeinfer.sampling import SamplingParams
 from edgeinfer.server.answers import Answers, Wakes
 from edgeinfer.server.dialect import Dialect
@@ -46,7 +46,7 @@ class ServiceSettings:
 class Service:
     """One model. name: what the API calls it; aliases: what else it is found under.
 
-    sampling, max_tokens: for requests that do not say.
+    sampling, max_tokens: for requests that do not say. overflow: what becomes of a full context.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Service:
         aliases: Sequence[str] = (),
         sampling: SamplingParams | None = None,
         max_tokens: int | None = None,
+        overflow: Overflow = "stop",
     ) -> None:
         self.client = client
         self.name = name
@@ -66,6 +67,7 @@ class Service:
         self.dialect = dialect
         self.sampling = sampling or SamplingParams()
         self.max_tokens = max_tokens
+        self.overflow = overflow
         self.metrics = Metrics()
         self.created = int(time.time())
         self._names = {name, *aliases}

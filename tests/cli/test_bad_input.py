@@ -145,6 +145,8 @@ def test_a_prompt_longer_than_the_context_says_both_numbers(console: Console, sc
         "--threads 0", "--threads -1", "--threads 99999", "--threads 1.5", "--threads x",
         "--gpu-layers -1", "--gpu-layers 99999", "--gpu-layers x",
         "--kv-type x", "--kv-type-k x", "--kv-type-v x", "--kv-type Q8_0",
+        "--window 0", "--window 31", "--window x", "--window 99999999999", "--sinks -1", "--sinks x",
+        "--sinks 99999999999", "--overflow x", "--overflow STREAM",
         "--cache-ram -1", "--cache-ram x", "--cache-ram 99999999T", "--cache-ram 1e99",
         "--cache-ram " + "9" * 500, "--seed -1", "--seed 4294967295", "--seed " + "9" * 6000, "--seed x",
         "--temp -1", "--temp nan", "--temp inf", "--temp 101", "--temp x",
@@ -163,6 +165,49 @@ def test_an_option_that_cannot_be_right_is_wrong_usage(
     assert (done.code, done.out) == (2, "")
     assert done.error_line.startswith(name)
     assert len(done.error_line) < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--window 512 --ctx 256", "--window 512 is more than --ctx 256"),
+        ("--window 64 --sinks 64", "--window 64 is not larger than --sinks 64"),
+        ("--ctx 64 --sinks 100", "--ctx 64 is not larger than --sinks 100"),
+    ],
+)
+def test_a_window_that_cannot_be_is_wrong_usage(
+    invoke: Invoke, script: Script, options: str, message: str
+) -> None:
+    done = invoke("run", *script(), *options.split(), "hi")
+    assert (done.code, done.out) == (2, "")
+    assert message in done.error_line
+
+
+def test_a_window_limits_the_prompt_and_says_which_option_raises_it(
+    console: Console, script: Script
+) -> None:
+    done = console("run", "--window", "64", "--ctx", "256", *script(), "-", stdin=b"x" * 100)
+    assert (done.code, done.out) == (1, "")
+    assert "maximum context length is 64 here" in done.error_line
+    assert done.error_line.endswith("raise --window")
+
+
+def test_what_left_a_full_context_is_said(console: Console, script: Script) -> None:
+    options = ("--window", "64", "--overflow", "stream", "--sinks", "0")
+    done = console("run", *options, *script(), "-", stdin=b"x" * 500)
+    assert (done.code, done.out) == (0, "Hello there.\n")
+    assert "--sinks 0: once old tokens leave" in done.err
+    assert "oldest tokens left the context of 64: the model no longer sees them" in done.err
+    kv = console("run", "--json", *options, *script(), "-", stdin=b"x" * 500).json["kv"]
+    assert kv["evicted_tokens"] == kv["newly_evicted"] > 400
+
+
+def test_an_answer_that_may_not_reach_the_end_fails_there(console: Console, script: Script) -> None:
+    options = ("--ctx", "64", "--overflow", "error")
+    done = console("run", *options, *script(answers={"*": "abc " * 50}), "hi")
+    assert done.code == 1
+    assert "the answer filled the context of 64 tokens" in done.err
+    assert "abc" in done.out
 
 
 @pytest.mark.parametrize("stop", [[""], ["x" * 5000], [str(n) for n in range(20)]])

@@ -113,6 +113,48 @@ def test_several_requests_at_once_get_their_own_answers(make_client: ClientMaker
     assert {text: g.text() for text, g in generations.items()} == answers
 
 
+def test_a_chat_goes_on_past_its_window(make_client: ClientMaker) -> None:
+    client = make_client({"answers": {"*": "Yes, I see."}}, window=128)
+    info = client.load()
+    assert info.context == 128  # all that there is memory for, where no more was asked for
+    messages: list[Message] = [Message("system", "Be kind. " * 4)]
+    evicted = []
+    for turn in range(8):
+        messages.append(Message("user", f"This is question number {turn}."))
+        ended = client.start(Request(messages=tuple(messages), overflow="stream")).result()
+        assert (ended.outcome, ended.stats.text) == ("finished", "Yes, I see.")
+        messages.append(Message("assistant", ended.stats.text))
+        evicted.append(ended.stats.kv.evicted_tokens)
+        if turn > 3:
+            assert ended.stats.usage.prompt_tokens - ended.stats.usage.cached_tokens < 80
+    assert evicted[0] == 0
+    assert evicted[-1] > evicted[3] > 0
+    with pytest.raises(PromptTooLong):
+        client.start(Request(messages=tuple(messages))).result()
+
+
+@pytest.mark.parametrize(
+    ("messages", "rendered", "kept"),
+    [
+        ([("system", "Be kind."), ("user", "Hi")], "<s>Be kind.</s><u>Hi</u>", "<s>Be kind.</s><u>"),
+        ([("system", " Hi "), ("user", "Hi")], "<u>Hi\n\nHi</u>", "<u>Hi\n\n"),
+        ([("user", "Hi")], "<u>Hi</u>", ""),
+        (
+            [("user", "Hi")],
+            f"<s>{'Be kind. ' * 9}</s><u>Hi</u>",
+            f"<s>{'Be kind. ' * 9}</s><u>",
+        ),
+        ([("system", "Be kind."), ("user", "Hi")], "<u>something else</u>", ""),
+        ([("system", "Be kind.")], "<s>Be kind.</s>", ""),
+    ],
+)
+def test_the_system_prompt_is_found_in_what_was_rendered(
+    messages: list[tuple[str, str]], rendered: str, kept: str
+) -> None:
+    request = Request(messages=tuple(Message(role, text) for role, text in messages))
+    assert rendered[: local.system_length(request, rendered)] == kept
+
+
 def test_a_cancelled_answer_ends_cancelled_and_the_next_one_works(make_client: ClientMaker) -> None:
     client = make_client({"answers": {"*": "x" * 3000}, "step_s": 0.005})
     generation = client.start(asked("Hi"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -492,14 +493,17 @@ def test_a_refused_snapshot_is_said_and_the_prompt_prefilled_again(
     driver.run()
     driver.submit(2, asked(tokens_of(2, 50)))
     driver.run()
-    for block in list(engine.prefixes._blocks.values()):
+    prefixes = engine.conversations.prefixes
+    for block in list(prefixes._blocks.values()):
         damaged = block.payload[: len(block.payload) // 2]
         monkeypatch.setitem(
-            engine.prefixes._blocks,
+            prefixes._blocks,
             block.key,
-            type(block)(block.key, block.parent, block.tokens, damaged),
+            replace(block, payload=damaged),
         )
-    engine.prefixes.num_bytes = sum(b.num_bytes for b in engine.prefixes._blocks.values())
+    engine.conversations.prefixes.num_bytes = sum(
+        b.num_bytes for b in engine.conversations.prefixes._blocks.values()
+    )
     driver.submit(3, asked(first))
     driver.run()
     assert driver.answer(3) == alone(first)
@@ -605,4 +609,4 @@ def test_nothing_is_copied_where_nothing_is_kept() -> None:
     driver.run()
     while engine.use_idle():
         pass
-    assert engine.prefixes.num_bytes == 0
+    assert engine.conversations.prefixes.num_bytes == 0

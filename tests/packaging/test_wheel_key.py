@@ -9,6 +9,7 @@ import pytest
 
 from scripts import wheel_key
 from scripts.wheel_key import (
+    WITHOUT_AMX,
     Ingredients,
     SetupError,
     build_environment,
@@ -107,6 +108,14 @@ def test_the_users_cmake_arguments_come_last_and_so_win() -> None:
     built = build_environment("vulkan", {"CMAKE_ARGS": "-DGGML_VULKAN=off"})
     assert built["CMAKE_ARGS"] == "-DGGML_VULKAN=on -DGGML_VULKAN=off"
     assert "CMAKE_ARGS" not in build_environment("cpu", {})
+
+
+def test_a_processor_with_amx_is_compiled_for_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel_key, "cpu_flags", lambda: "flags: amx_int8 avx2; model name: X")
+    built = build_environment("cpu", {"CFLAGS": "-O2"})
+    assert (built["CFLAGS"], built["CXXFLAGS"]) == (f"-O2 {WITHOUT_AMX}", WITHOUT_AMX)
+    monkeypatch.setattr(wheel_key, "cpu_flags", lambda: "flags: avx2; model name: X")
+    assert build_environment("cpu", {"CFLAGS": "-O2"}) == {"CFLAGS": "-O2"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text, l
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.request import Ended
 from edgeinfer.engine.tuner import Choice, Tuner
+from edgeinfer.engine.window import Window
 from edgeinfer.machine.gpus import Gpu
 from edgeinfer.machine.step_cost import StepCosts
 from edgeinfer.registry import get_backend
@@ -103,6 +105,42 @@ def test_short_prompts_read_in_one_step_are_answered_as_alone(starter: Path) -> 
         alone = run(single, {key: request})
         single.close()
         assert together[key].stats.text == alone[key].stats.text
+
+
+@pytest.mark.parametrize(
+    ("options", "kv_type"), [(LAYOUTS[0], "q8_0"), (LAYOUTS[1], "f16")], ids=("shared", "private")
+)
+def test_a_conversation_goes_on_past_its_window(
+    starter: Path, options: dict[str, object], kv_type: str
+) -> None:
+    """Alone, and alternating with another one, which sends it to host memory after every turn: the same
+    answers, and only what is new is read."""
+
+    def talk(num_others: int) -> list[tuple[str, int, int]]:
+        runtime = load(starter, context=256, kv_type_k=kv_type, kv_type_v=kv_type, **options)
+        engine = Engine(runtime, model="starter", cache_bytes=2**28, window=Window(200))
+        history: list[int] = []
+        found = []
+        for turn in range(7):
+            history += text_tokens(engine, 300 * turn, 130)
+            request = Request(tokens=tuple(history), max_tokens=14, sampling=GREEDY, ignore_eos=True)
+            request = replace(request, overflow="stream")
+            engine.submit(turn, request, history)
+            running = engine._waiting[0]
+            while engine.has_work:
+                engine.step()
+            engine.check_integrity()
+            history += running.answered
+            found.append(("".join(running.text), running.num_prefilled, running.evicted))
+            for other in range(num_others):
+                run(engine, {100 + other: (text_tokens(engine, 5000 + 100 * turn, 100), 2)})
+        engine.close()
+        return found
+
+    alone = talk(0)
+    assert alone[-1][2] > 90
+    assert all(num_prefilled < 60 for _, num_prefilled, _ in alone)
+    assert talk(1) == alone
 
 
 class PaddingTuner(Tuner):

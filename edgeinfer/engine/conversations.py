@@ -1,0 +1,305 @@
+"""What is known of conversations, and how a request gets a sequence that holds as much as may be of its
+own: from one that runs or rests in the KV cache, or from snapshots in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeinfer.backend import Runtime
+from edgeinfer.engine.eviction import Evictor
+from edgeinfer.engine.history import ROOT, Gap, gap_of_cut, gaps_within
+from edgeinfer.engine.prefix_cache import Match, PrefixCache, common_length
+from edgeinfer.engine.sequence import LiveSequence, RunningRequest
+from edgeinfer.engine.window import Window, turn_starts
+from edgeinfer.errors import EdgeInferError, OutOfCells, SnapshotRejected
+
+log = logging.getLogger("edgeinfer.engine")
+
+MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
+MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
+
+
+@dataclass(frozen=True)
+class _View:
+    """A prompt as cells are to hold it: whole, or without what a gap says."""
+
+    tokens: list[int]
+    gap: Gap | None = None
+    is_cut: bool = False  # here and now: no sequence has read what it leaves out
+
+    @property
+    def root(self) -> bytes:
+        return ROOT if self.gap is None else self.gap.root
+
+    @property
+    def limit(self) -> int:
+        return len(self.tokens) - 1  # the last token is run again for its logits
+
+    def is_continued_by(self, num_cells: int) -> bool:
+        """Whether a sequence that holds the first `num_cells` tokens is past the gap."""
+        return self.gap is None or num_cells + self.gap.count >= self.gap.length
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The longest beginnings of a view that are known, and where."""
+
+    idle: LiveSequence | None
+    idle_length: int
+    twin: RunningRequest | None
+    twin_length: int
+    stored_length: int
+
+    @property
+    def length(self) -> int:
+        twin = self.twin_length if self.twin_length >= MIN_FORK_TOKENS else 0
+        return max(self.idle_length, twin, self.stored_length)
+
+
+class Conversations:
+    def __init__(self, runtime: Runtime, window: Window, cache_bytes: int) -> None:
+        self._runtime = runtime
+        self._facts = runtime.facts
+        self._window = window
+        self.prefixes = PrefixCache(cache_bytes if self._facts.can.snapshot else 0)
+        self.idle: list[LiveSequence] = []  # least recently used first
+        self._evictor = Evictor(runtime, window)
+
+    # -- a request's beginning -------------------------------------------------------------------
+
+    def place(self, running: RunningRequest, others: Sequence[RunningRequest]) -> None:
+        """Give a request a sequence that holds as much of its prompt as is known anywhere, `others` are
+        those that run. Raises OutOfCells, StepFailed.
+
+        Idle conversations leave the KV cache for host memory: masked cells cost every step.
+        """
+        if running.request.embedding:  # needs the hidden states of all its tokens
+            self._release_all()
+            running.handle = self._runtime.open()
+            return
+        view = self._choose(running, others)
+        self._fill(running, view, others)
+        if not view.is_cut and not view.is_continued_by(running.num_computed):
+            assert running.handle is not None  # a snapshot was refused on the way
+            self._runtime.free(running.handle)
+            running.handle = running.gap = None
+            view = self._cut(running)
+            self._fill(running, view, others)
+        running.num_cached = running.num_computed + (0 if view.is_cut else running.evicted)
+        if len(running.tokens) > self._window.size:
+            self.make_room(running)
+        running.num_prefilled = running.prompt_left
+        if not running.num_cached:
+            running.cache_tier = "none"
+
+    def will_be_shared(self, waiting: RunningRequest, others: Sequence[RunningRequest]) -> bool:
+        """Whether somebody is just reading what this prompt begins with: then it waits for that and
+        forks it, and it is read once. (Several answers to one prompt come at once, as do several
+        chats with one system prompt.)"""
+        facts, prompt = self._facts, waiting.prompt
+        if waiting.request.embedding or not facts.can.fork or len(prompt) >= self._window.size:
+            return False
+        view = _View(list(prompt))
+        for running in others:
+            if running.request.embedding or not running.prompt_left or _root(running) != ROOT:
+                continue
+            shared = min(common_length(running.tokens, view.tokens), view.limit)
+            shared -= shared % facts.stable_chunk_tokens
+            if shared - running.num_computed < MIN_FORK_TOKENS:
+                continue
+            _, idle_length = self._best_idle(view)
+            if max(idle_length, self._match(view).num_tokens) < shared:
+                return True
+        return False
+
+    def _choose(self, running: RunningRequest, others: Sequence[RunningRequest]) -> _View:
+        """How the cells are to hold a prompt: whole if it fits, else as the known sequence that has the
+        most of it, if the rest fits behind that one's head; else its head and its end."""
+        prompt = list(running.prompt)
+        whole = _View(prompt)
+        if len(prompt) < self._window.size:
+            return whole
+        gaps = {gap.key: gap for gap in self.prefixes.gaps}
+        gaps |= {idle.gap.key: idle.gap for idle in self.idle if idle.gap is not None}
+        views = [whole, *(_View(gap.cells(prompt), gap) for gap in gaps_within(prompt, gaps.values()))]
+        best, most = None, 0
+        for view in views:
+            known = self._find(view, others).length
+            head = self._evictor.head(running) if view.gap is None else view.gap.head
+            count = view.gap.count if view.gap is not None else 0
+            left = len(view.tokens) - known
+            is_usable = (
+                known >= head
+                and head + left <= self._window.size
+                and view.is_continued_by(known)
+                and (len(view.tokens) <= self._window.size or self._facts.can.evict)
+            )
+            if is_usable and known + count > most:
+                best, most = view, known + count
+        return best or self._cut(running)
+
+    def _cut(self, running: RunningRequest) -> _View:
+        prompt, head = list(running.prompt), self._evictor.head(running)
+        turns = turn_starts(prompt, self._runtime.tokenizer)
+        cut = self._window.cut(len(prompt), head, running.request.max_tokens, turns)
+        if cut <= head:
+            return _View(prompt)
+        gap = gap_of_cut(prompt, head, cut)
+        running.newly_evicted = gap.count
+        return _View(gap.cells(prompt), gap, is_cut=True)
+
+    def _fill(self, running: RunningRequest, view: _View, others: Sequence[RunningRequest]) -> None:
+        runtime = self._runtime
+        running.begin(list(view.tokens), view.gap)
+        known = self._find(view, others)
+        live = known.idle
+        if live is not None:
+            self.idle.remove(live)
+        self._release_all()
+        stored_length = self._match(view).num_tokens  # those just released included
+        if live is not None and known.idle_length >= max(stored_length, known.twin_length):
+            if len(live.tokens) - known.idle_length >= MIN_SAVED_TAIL:
+                self._try_to_save(live)
+            if known.idle_length < len(live.tokens):
+                runtime.rewind(live.handle, known.idle_length)
+            running.handle, running.num_computed = live.handle, known.idle_length
+            running.cache_tier = "live"
+            return
+        if live is not None:
+            self.release(live)
+        twin, twin_length = known.twin, known.twin_length
+        if twin is not None and twin_length >= max(stored_length, MIN_FORK_TOKENS):
+            assert twin.handle is not None
+            running.handle = runtime.fork(twin.handle, twin_length)
+            running.num_computed, running.cache_tier = twin_length, "live"
+            return
+        running.handle = runtime.open()
+        if stored_length:
+            self._restore(running, view, self._match(view))
+
+    def _find(self, view: _View, others: Sequence[RunningRequest]) -> _Known:
+        idle, idle_length = self._best_idle(view)
+        twin, twin_length = self._best_running(view, others)
+        return _Known(idle, idle_length, twin, twin_length, self._match(view).num_tokens)
+
+    def _match(self, view: _View) -> Match:
+        return self.prefixes.match(view.tokens[: view.limit], view.root)
+
+    def _best_idle(self, view: _View) -> tuple[LiveSequence | None, int]:
+        best, length = None, 0
+        for idle in self.idle:
+            if idle.root != view.root:
+                continue
+            shared = min(common_length(idle.tokens, view.tokens), view.limit)
+            if shared < len(idle.tokens) and not self._facts.can.rewind:
+                continue  # its tail cannot be taken off again
+            if shared > length:
+                best, length = idle, shared
+        return best, length
+
+    def _best_running(
+        self, view: _View, others: Sequence[RunningRequest]
+    ) -> tuple[RunningRequest | None, int]:
+        best, length = None, 0
+        if not self._facts.can.fork:
+            return best, length
+        for running in others:
+            if running.request.embedding or _root(running) != view.root:
+                continue
+            computed = running.tokens[: running.num_computed]
+            shared = min(common_length(computed, view.tokens), view.limit)
+            shared -= shared % self._facts.stable_chunk_tokens  # see RuntimeFacts
+            if shared > length:
+                best, length = running, shared
+        return best, length
+
+    def _restore(self, running: RunningRequest, view: _View, match: Match) -> None:
+        """Blocks from host memory into the request's new sequence; a refused block ends it there."""
+        runtime, handle = self._runtime, running.handle
+        assert handle is not None
+        for block in match.blocks:
+            try:
+                runtime.restore(handle, block.payload, len(block.tokens))
+            except (SnapshotRejected, OutOfCells) as error:
+                running.warnings.append(f"a cached part of the conversation was not used: {error}")
+                break
+        have = runtime.length(handle)
+        # The last block may hold more than the tokens that were looked for.
+        common = min(match.num_tokens, have)
+        if have > common:
+            if not self._facts.can.rewind:
+                runtime.free(handle)
+                running.handle = runtime.open()
+                return
+            runtime.rewind(handle, common)
+        running.num_computed = common
+        running.cache_tier = "memory"
+
+    # -- a full context --------------------------------------------------------------------------
+
+    def make_room(self, running: RunningRequest) -> None:
+        """Let the oldest tokens of a conversation go that is larger than the window. Raises OutOfCells,
+        StepFailed."""
+        running.read(self._runtime.tokenizer)
+        self._evictor.make_room(running, self.release_oldest)
+
+    # -- conversations that rest -----------------------------------------------------------------
+
+    def keep(self, running: RunningRequest) -> None:
+        """An ended request's sequence rests in the KV cache."""
+        assert running.handle is not None
+        tokens = running.tokens[: running.num_computed]
+        self.idle.append(LiveSequence(running.handle, tokens, running.gap))
+        running.handle = None
+
+    def release_oldest(self) -> bool:
+        """Free the cells of the conversation that rests longest; False if none rests."""
+        if not self.idle:
+            return False
+        self.release(self.idle[0])
+        return True
+
+    def release(self, idle: LiveSequence) -> None:
+        """Move an idle conversation out of the KV cache, into host memory if there is room."""
+        self._try_to_save(idle)
+        if idle in self.idle:
+            self.idle.remove(idle)
+        self._runtime.free(idle.handle)
+
+    def _release_all(self) -> None:
+        for idle in list(self.idle):
+            self.release(idle)
+
+    def _try_to_save(self, idle: LiveSequence) -> None:
+        """Who needs its cells shall have them: what cannot be copied will be read again."""
+        try:
+            self._save(idle)
+        except EdgeInferError as error:
+            log.warning("a conversation was not kept in the prompt cache: %s", error)
+
+    def _save(self, idle: LiveSequence, most_blocks: int | None = None) -> None:
+        added = self.prefixes.store(
+            idle.tokens,
+            lambda start, stop: self._runtime.snapshot(idle.handle, start, stop),
+            self._facts.kv_bytes_per_token,
+            most_blocks,
+            idle.gap,
+        )
+        idle.is_saved = most_blocks is None or not added
+
+    def use_idle(self) -> bool:
+        """Copy a block of a conversation that rests to host memory, while nobody waits: the next request
+        may need its cells, and then would wait for that. False if there is nothing to copy."""
+        idle = next((idle for idle in self.idle if not idle.is_saved), None)
+        if idle is not None:
+            try:
+                self._save(idle, most_blocks=1)
+            except EdgeInferError:  # whoever needs its cells will be told
+                idle.is_saved = True
+        return idle is not None
+
+
+def _root(running: RunningRequest) -> bytes:
+    return ROOT if running.gap is None else running.gap.root
