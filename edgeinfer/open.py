@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import MemoryItem, RuntimeSettings
+from edgeinfer.engine.disk_cache import prompts_folder
 from edgeinfer.engine.process import LoadCommand
 from edgeinfer.engine.window import DEFAULT_SINKS
 from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
@@ -52,6 +53,8 @@ class OpenOptions:
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    cache_disk_bytes: int = 0  # of the prompt cache that survives the process; 0: none
+    cache_dir: str | None = None  # None: the user's folder for caches
     mmap: bool = True
     remember: bool = False  # make it the model that is opened when none is named
 
@@ -63,6 +66,7 @@ class OpenOptions:
         _between("--gpu-layers", self.gpu_layers, 0, 10_000)
         _between("--parallel", self.sequences, 1, MAX_SEQUENCES)
         _between("--cache-ram", self.cache_bytes, 0, 2**50)
+        _between("--cache-disk", self.cache_disk_bytes, 0, 2**50)
         _between("--window", self.window, MIN_CONTEXT, MAX_CONTEXT)
         _between("--sinks", self.sinks, 0, MAX_CONTEXT)
         if self.window and self.context and self.window > self.context:
@@ -128,6 +132,8 @@ def plan_open(
             context=options.context is None and options.window is None,
             gpu_layers=options.gpu_layers is None,
         ),
+        cache_disk_bytes=options.cache_disk_bytes,
+        cache_folder=str(prompts_folder(options.cache_dir)),
         window=options.window,
         sinks=options.sinks,
         costs_folder="" if options.threads or options.threads_batch else str(costs_folder()),
@@ -151,6 +157,8 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
         settings,
         options.sequences,
         options.cache_bytes,
+        cache_disk_bytes=options.cache_disk_bytes,
+        cache_folder=str(prompts_folder(options.cache_dir)),
         window=options.window,
         sinks=options.sinks,
     )

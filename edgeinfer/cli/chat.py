@@ -26,6 +26,9 @@ def chat(
     sinks: options.Sinks = 4,
     overflow: options.Overflow = "stream",
     cache_ram: options.CacheRam = "1G",
+    cache_disk: options.CacheDisk = "4G",
+    cache_dir: options.CacheDir = None,
+    no_cache: options.NoCache = False,
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
     top_p: options.TopP = 0.95,
@@ -70,6 +73,9 @@ def chat(
         window=window,
         sinks=sinks,
         cache_ram=cache_ram,
+        cache_disk=cache_disk,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
     )
     wanted_overflow = checked_overflow(overflow)
     if max_tokens is not None and max_tokens < 1:

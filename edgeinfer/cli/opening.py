@@ -34,6 +34,9 @@ def open_options(
     window: int | None = None,
     sinks: int = 4,
     cache_ram: str,
+    cache_disk: str = "0",
+    cache_dir: str | None = None,
+    no_cache: bool = False,
 ) -> OpenOptions:
     """Raises UsageError naming the option that cannot be right."""
     from edgeinfer.open import OpenOptions
@@ -61,14 +64,16 @@ def open_options(
         kv_type_v=kv_type_v or kv_type,
         window=window,
         sinks=sinks,
-        cache_bytes=parse_size("--cache-ram", cache_ram),
+        cache_bytes=0 if no_cache else parse_size("--cache-ram", cache_ram),
+        cache_disk_bytes=0 if no_cache else parse_size("--cache-disk", cache_disk),
+        cache_dir=cache_dir,
     )
 
 
 # What only the one who loads a model can choose.
 _LOADING = (
     *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
-    *("window", "sinks", "overflow"),
+    *("window", "sinks", "overflow", "cache_disk", "cache_dir", "no_cache"),
 )
 
 

@@ -157,6 +157,30 @@ CacheRam = Annotated[
         "cache-ram", "Memory for conversations that are not running, like 512M; 0: none.", "SIZE", _MODEL
     ),
 ]
+CacheDisk = Annotated[
+    str,
+    _option(
+        "cache-disk",
+        "Disk for conversations that survive the program, like 2G; 0: none.",
+        "SIZE",
+        _MODEL,
+    ),
+]
+CacheDir = Annotated[
+    str | None,
+    _option("cache-dir", "Folder for them. Default: your folder for caches.", "DIR", _MODEL),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Keep no conversation but in the running model's own memory.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+        envvar="EDGEINFER_NO_CACHE",
+        show_envvar=False,
+    ),
+]
 Temp = Annotated[float, _option("temp", "Temperature; 0 always takes the likeliest.", "X", _SAMPLING)]
 TopK = Annotated[int, _option("top-k", "Only the K likeliest; 0: off.", "K", _SAMPLING)]
 TopP = Annotated[

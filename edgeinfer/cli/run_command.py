@@ -44,6 +44,9 @@ def run(
     sinks: options.Sinks = 4,
     overflow: options.Overflow = "stop",
     cache_ram: options.CacheRam = "1G",
+    cache_disk: options.CacheDisk = "4G",
+    cache_dir: options.CacheDir = None,
+    no_cache: options.NoCache = False,
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
     top_p: options.TopP = 0.95,
@@ -97,6 +100,9 @@ def run(
         window=window,
         sinks=sinks,
         cache_ram=cache_ram,
+        cache_disk=cache_disk,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
     )
     if schema == "-" and arguments[-1] == "-":
         raise UsageError("standard input can be the prompt or the schema, not both; put one into a file")

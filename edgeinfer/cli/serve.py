@@ -51,6 +51,9 @@ def serve(
     sinks: options.Sinks = 4,
     overflow: options.Overflow = "stop",
     cache_ram: options.CacheRam = "1G",
+    cache_disk: options.CacheDisk = "4G",
+    cache_dir: options.CacheDir = None,
+    no_cache: options.NoCache = False,
     seed: options.Seed = None,
     temp: options.Temp = 0.7,
     top_p: options.TopP = 0.95,
@@ -102,6 +105,9 @@ def serve(
         window=window,
         sinks=sinks,
         cache_ram=cache_ram,
+        cache_disk=cache_disk,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
     )
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port} is outside [0, 65535]")

@@ -1,13 +1,14 @@
 """What is known of conversations, and how a request gets a sequence that holds as much as may be of its
-own: from one that runs or rests in the KV cache, or from snapshots in host memory."""
+own: from one that runs or rests in the KV cache, or from snapshots in host memory and on disk."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.backend import Runtime
+from edgeinfer.engine.disk_cache import DiskCache
 from edgeinfer.engine.eviction import Evictor
 from edgeinfer.engine.history import ROOT, Gap, gap_of_cut, gaps_within
 from edgeinfer.engine.prefix_cache import Match, PrefixCache, common_length
@@ -18,6 +19,8 @@ from edgeinfer.errors import EdgeInferError, OutOfCells, SnapshotRejected
 log = logging.getLogger("edgeinfer.engine")
 
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
+RESTORED_PER_S = 3e8  # bytes of blocks read from disk, checked and put into the cache, at the least
+WORTH_S = 0.1  # of prefill that a conversation on disk must save
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
 
@@ -59,11 +62,21 @@ class _Known:
 
 
 class Conversations:
-    def __init__(self, runtime: Runtime, window: Window, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        window: Window,
+        cache_bytes: int,
+        disk: DiskCache | None = None,
+        prefill_s_per_token: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """prefill_s_per_token(): None where nothing was measured; then nothing is worth a file."""
         self._runtime = runtime
+        self._prefill_s_per_token = prefill_s_per_token
         self._facts = runtime.facts
         self._window = window
-        self.prefixes = PrefixCache(cache_bytes if self._facts.can.snapshot else 0)
+        can = self._facts.can.snapshot
+        self.prefixes = PrefixCache(cache_bytes if can else 0, disk if can else None)
         self.idle: list[LiveSequence] = []  # least recently used first
         self._evictor = Evictor(runtime, window)
 
@@ -79,6 +92,7 @@ class Conversations:
             self._release_all()
             running.handle = self._runtime.open()
             return
+        self.prefixes.refresh()
         view = self._choose(running, others)
         self._fill(running, view, others)
         if not view.is_cut and not view.is_continued_by(running.num_computed):
@@ -216,15 +230,24 @@ class Conversations:
         return best, length
 
     def _restore(self, running: RunningRequest, view: _View, match: Match) -> None:
-        """Blocks from host memory into the request's new sequence; a refused block ends it there."""
+        """Blocks from memory and disk into the request's new sequence; one that is refused ends it."""
         runtime, handle = self._runtime, running.handle
         assert handle is not None
-        for block in match.blocks:
+        running.cache_tier = "memory"
+        # The payloads first: their generator is run to its end.
+        for found, block in zip(self.prefixes.payloads(match.blocks), match.blocks, strict=False):
+            if found is None:
+                break
+            payload, is_from_disk = found
             try:
-                runtime.restore(handle, block.payload, len(block.tokens))
+                runtime.restore(handle, payload, len(block.tokens))
             except (SnapshotRejected, OutOfCells) as error:
                 running.warnings.append(f"a cached part of the conversation was not used: {error}")
+                if isinstance(error, SnapshotRejected):
+                    self.prefixes.forget(block)
                 break
+            if is_from_disk:
+                running.cache_tier = "disk"
         have = runtime.length(handle)
         # The last block may hold more than the tokens that were looked for.
         common = min(match.num_tokens, have)
@@ -235,7 +258,6 @@ class Conversations:
                 return
             runtime.rewind(handle, common)
         running.num_computed = common
-        running.cache_tier = "memory"
 
     # -- a full context --------------------------------------------------------------------------
 
@@ -279,6 +301,14 @@ class Conversations:
         except EdgeInferError as error:
             log.warning("a conversation was not kept in the prompt cache: %s", error)
 
+    def _is_worth_a_file(self, num_tokens: int) -> bool:
+        """Whether reading so many tokens took clearly longer than restoring them will."""
+        rate = self._prefill_s_per_token()
+        if rate is None:
+            return False
+        restoring = self._facts.kv_bytes_per_token / RESTORED_PER_S
+        return num_tokens * (rate - 2 * restoring) >= WORTH_S
+
     def _save(self, idle: LiveSequence, most_blocks: int | None = None) -> None:
         added = self.prefixes.store(
             idle.tokens,
@@ -286,6 +316,8 @@ class Conversations:
             self._facts.kv_bytes_per_token,
             most_blocks,
             idle.gap,
+            to_disk=self._is_worth_a_file(len(idle.tokens)),
+            with_tail=most_blocks is None,  # of a conversation that may go on, it will soon be longer
         )
         idle.is_saved = most_blocks is None or not added
 
@@ -294,11 +326,26 @@ class Conversations:
         may need its cells, and then would wait for that. False if there is nothing to copy."""
         idle = next((idle for idle in self.idle if not idle.is_saved), None)
         if idle is not None:
+            self.prefixes.refresh()
             try:
                 self._save(idle, most_blocks=1)
             except EdgeInferError:  # whoever needs its cells will be told
                 idle.is_saved = True
         return idle is not None
+
+    def close(self, seconds: float) -> None:
+        """Put on disk what is worth it, as far as that is done in time."""
+        disk = self.prefixes.disk
+        if disk is None:
+            return
+        for idle in reversed(self.idle):
+            self._try_to_save(idle)
+        disk.close(seconds)
+
+    def take_problems(self) -> list[str]:
+        """With the cache on disk, to be told with an answer."""
+        disk = self.prefixes.disk
+        return [] if disk is None else disk.take_problems()
 
 
 def _root(running: RunningRequest) -> bytes:

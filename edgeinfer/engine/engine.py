@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import Runtime, Sampler, SequenceStep, Step
 from edgeinfer.engine.conversations import Conversations
 from edgeinfer.engine.detokenizer import Detokenizer
+from edgeinfer.engine.disk_cache import DiskCache
 from edgeinfer.engine.grammar import Grammars, Matcher
 from edgeinfer.engine.request import (
     NO_STOP_STRINGS,
@@ -106,11 +107,13 @@ class Engine:
         model: str,
         max_running: int = 1,
         cache_bytes: int = 0,
+        disk: DiskCache | None = None,
         window: Window | None = None,
         tell_interval_s: float = 0.0,
         tuner: Tuner | None = None,
     ) -> None:
-        """max_running: requests that run at once. cache_bytes: host memory for idle conversations.
+        """max_running: requests that run at once. cache_bytes: host memory for idle conversations. disk:
+        where they survive the process.
         window: what the model sees at once; None: the whole context, with the usual sinks.
         tell_interval_s: while there is nothing but tokens to decode, their text is worked out and told
         so far apart, and up to three times as far where there are many streams. (Between two steps
@@ -122,7 +125,7 @@ class Engine:
         self.model = model
         self.max_running = min(max_running, runtime.facts.max_sequences)
         self.window = window or Window.of(runtime.facts.context)
-        self.conversations = Conversations(runtime, self.window, cache_bytes)
+        self.conversations = Conversations(runtime, self.window, cache_bytes, disk, self._reading_rate)
         self.grammars = Grammars(runtime.tokenizer, runtime.facts.vocab_size)
         self._waiting: list[RunningRequest] = []
         self._running: list[RunningRequest] = []
@@ -589,7 +592,12 @@ class Engine:
             model=self.model,
             seed=running.seed,
             context=self.window.size,
-            warnings=[*facts.warnings, *running.warnings, *_evicted(running, self.window)],
+            warnings=[
+                *facts.warnings,
+                *running.warnings,
+                *_evicted(running, self.window),
+                *self.conversations.take_problems(),
+            ],
         )
 
     # -- admission -------------------------------------------------------------------------------
@@ -664,5 +672,7 @@ class Engine:
         self.conversations.prefixes.check_integrity()
         self.runtime.check_integrity()
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> None:
+        """seconds: how long what is worth keeping may take to be written to disk."""
+        self.conversations.close(seconds)
         self.runtime.close()

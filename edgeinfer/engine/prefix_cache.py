@@ -1,34 +1,45 @@
-"""Prompt prefixes in host memory: KV snapshots by block, found by the longest common prefix.
+"""Prompt prefixes in host memory and on disk: KV snapshots by block, found by the longest common prefix.
 
 A block holds the keys and values of up to BLOCK_TOKENS positions; its key is a hash chained over all
 tokens before it (as in vLLM v1), so equal keys mean equal histories and conversations with a common
 prefix share blocks. Blocks of a sequence that was evicted from hang from a root of their own
-(history.py). Memory is bounded: the least recently used leaf goes first.
+(history.py). One tree knows the blocks of both places. Memory is bounded: the least recently used leaf
+goes first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.backend import BLOCK_TOKENS
-from edgeinfer.engine.history import ROOT, Gap, new_hash, token_bytes
+from edgeinfer.engine.block_files import block_key
+from edgeinfer.engine.disk_cache import DiskCache
+from edgeinfer.engine.history import ROOT, Gap
 
 MOST_GAPS = 4096  # kept; the least recently used are forgotten, and their blocks with them
 
+__all__ = ["Block", "Match", "PrefixCache", "block_key", "common_length"]
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True, eq=False)
 class Block:
     key: bytes
     parent: bytes  # the key of the block before it, or a root
     tokens: tuple[int, ...]
-    payload: bytes
+    payload: bytes | None  # in memory
     is_first: bool
+    is_on_disk: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return len(self.payload) + 8 * len(self.tokens)
+        """Of memory."""
+        return 0 if self.payload is None else len(self.payload) + 8 * len(self.tokens)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.tokens) == BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,6 @@ class Match:
 
     blocks: tuple[Block, ...]
     num_tokens: int
-
-
-def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    return new_hash(parent + token_bytes(tokens)).digest()
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -59,17 +66,44 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixCache:
-    """capacity: bytes; 0 keeps nothing."""
+    """capacity: bytes of memory; 0 keeps nothing there. disk: where blocks survive the process."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, disk: DiskCache | None = None) -> None:
         self.capacity = capacity
+        self.disk = disk
         self.num_bytes = 0
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
+        self._blocks: dict[bytes, Block] = {}
+        self._in_memory: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
         self._children: dict[bytes, list[bytes]] = {}
         self._gaps: OrderedDict[bytes, Gap] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether anything is."""
+        return self.capacity > 0 or self.disk is not None
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Learn what this process and others wrote to disk and removed from it."""
+        changes = self.disk.changes() if self.disk is not None else None
+        if changes is None:
+            return
+        for header in changes.added:
+            block = self._blocks.get(header.key)
+            if block is None:
+                block = Block(header.key, header.parent, header.tokens, None, header.is_first)
+                self._add(block)
+            block.is_on_disk = True
+        for key in changes.gone:
+            if key in self._blocks:
+                self._leave_disk(self._blocks[key])
+        for gap in changes.gaps:
+            self._note(gap)
+        self._shrink()
 
     @property
     def gaps(self) -> Iterable[Gap]:
@@ -100,6 +134,31 @@ class PrefixCache:
         self._touch(found)
         return Match(tuple(found), position)
 
+    def payloads(self, blocks: Sequence[Block]) -> Iterator[tuple[bytes, bool] | None]:
+        """Of each block what it holds, and whether that came from disk; None for the first one that is
+        not there after all, and nothing after it."""
+        from_disk = [block.key for block in blocks if block.payload is None]
+        read = self.disk.read(from_disk) if self.disk is not None and from_disk else iter(())
+        for block in blocks:
+            payload = block.payload
+            if payload is not None:
+                yield payload, False
+                continue
+            payload = next(read, None)
+            if payload is None:
+                self._leave_disk(block)
+                yield None
+                return
+            yield payload, True
+            if block.key in self._blocks and block.payload is None and self.capacity > 0:
+                block.payload = payload
+                self.num_bytes += block.num_bytes
+                self._in_memory[block.key] = None
+        self._touch_disk(blocks)
+        self._shrink()
+
+    # -- keeping ---------------------------------------------------------------------------------
+
     def store(
         self,
         tokens: Sequence[int],
@@ -107,53 +166,100 @@ class PrefixCache:
         bytes_per_token: int,
         most_blocks: int | None = None,
         gap: Gap | None = None,
+        *,
+        to_disk: bool = False,
+        with_tail: bool = True,
     ) -> int:
         """Keep the sequence whose positions hold `tokens`; `snapshot(start, stop)` is called for the
-        blocks not here yet, or the first `most_blocks` of them. gap: what it holds no more. Returns how
-        many bytes were added; 0 if it is here already, or does not fit at all."""
-        if self.capacity <= 0 or len(tokens) * bytes_per_token > self.capacity:
+        blocks not here yet, or the first `most_blocks` of them. gap: what it holds no more. to_disk: it
+        is worth a file for each block, a last short one too if `with_tail`. Returns how many bytes were
+        added; 0 if it is here already, or does not fit at all."""
+        to_disk = to_disk and self.disk is not None
+        fits = self.capacity > 0 and len(tokens) * bytes_per_token <= self.capacity
+        if not (to_disk or fits):
             return 0
         added = 0
         path: list[Block] = []
         parent = ROOT if gap is None else gap.root
         if gap is not None:
-            self._gaps[gap.key] = gap
-            self._gaps.move_to_end(gap.key)
-            if len(self._gaps) > MOST_GAPS:
-                self._gaps.popitem(last=False)
+            self._note(gap)
         for start in range(0, len(tokens), BLOCK_TOKENS):
             part = tuple(tokens[start : start + BLOCK_TOKENS])
             key = block_key(parent, part)
             block = self._blocks.get(key)
             if block is None:
-                if most_blocks == 0:
+                is_file = to_disk and (len(part) == BLOCK_TOKENS or with_tail)
+                if most_blocks == 0 or not (fits or is_file):
                     break
                 longer = self._extension(parent, part)
                 if longer is not None:  # a tail that a kept block already covers
                     path.append(longer)
                     break
                 block = Block(key, parent, part, snapshot(start, start + len(part)), start == 0)
-                self._add(block)
+                shorter = self._add(block)
                 added += block.num_bytes
                 most_blocks = None if most_blocks is None else most_blocks - 1
+            else:
+                shorter = ()
+            if to_disk and (block.is_full or with_tail):
+                self._write(block, gap, shorter)
             path.append(block)
             parent = key
         self._touch(path)
+        if to_disk and not added:
+            self._touch_disk(path)
         self._shrink()
         return added
 
+    def path(self, tokens: Sequence[int], gap: Gap | None = None) -> list[Block]:
+        """The blocks of a sequence that was stored."""
+        return list(self.match(tokens, ROOT if gap is None else gap.root).blocks)
+
+    def forget(self, block: Block) -> None:
+        """What a runtime refused is of no use to anybody, nor is what comes after it."""
+        for key in list(self._children.get(block.key, ())):
+            self.forget(self._blocks[key])
+        if self.disk is not None and block.is_on_disk:
+            self.disk.remove(block.key)
+        if block.key in self._blocks:
+            self._remove(block)
+
+    def _write(self, block: Block, gap: Gap | None, instead_of: tuple[bytes, ...]) -> None:
+        if self.disk is None or block.payload is None or block.is_on_disk:
+            return
+        if not self.disk.is_waiting(block.key):
+            self.disk.write(
+                block.key,
+                block.parent,
+                block.is_first,
+                block.tokens,
+                block.payload,
+                gap=gap,
+                instead_of=instead_of,
+            )
+
     def clear(self) -> None:
-        self._blocks.clear()
-        self._children.clear()
+        """Memory; what is on disk stays known."""
+        for block in list(self._blocks.values()):
+            self._leave_memory(block)
         self._gaps.clear()
-        self.num_bytes = 0
 
     def check_integrity(self) -> None:
         assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values())
+        in_memory = {key for key, block in self._blocks.items() if block.payload is not None}
+        assert in_memory == set(self._in_memory)
         for key, block in self._blocks.items():
             assert key in self._children[block.parent]
-            assert block.is_first or block.parent in self._blocks, "an orphan"
+            assert block.payload is not None or block.is_on_disk
+            if self.disk is None:
+                assert block.is_first or block.parent in self._blocks, "an orphan"
         assert sum(len(c) for c in self._children.values()) == len(self._blocks)
+
+    def _note(self, gap: Gap) -> None:
+        self._gaps[gap.key] = gap
+        self._gaps.move_to_end(gap.key)
+        if len(self._gaps) > MOST_GAPS:
+            self._gaps.popitem(last=False)
 
     def _extension(self, parent: bytes, part: tuple[int, ...]) -> Block | None:
         for key in self._children.get(parent, ()):
@@ -162,15 +268,21 @@ class PrefixCache:
                 return block
         return None
 
-    def _add(self, block: Block) -> None:
-        # A shorter tail of the same history is covered by the new block.
-        for key in list(self._children.get(block.parent, ())):
+    def _add(self, block: Block) -> tuple[bytes, ...]:
+        """Returns the shorter tails of the same history, which the block makes superfluous."""
+        shorter = []
+        for key in self._children.get(block.parent, ()):
             other = self._blocks[key]
             if other.tokens == block.tokens[: len(other.tokens)] and key not in self._children:
-                self._remove(other)
+                shorter.append(key)
+        for key in shorter:
+            self._leave_memory(self._blocks[key])
         self._blocks[block.key] = block
         self._children.setdefault(block.parent, []).append(block.key)
-        self.num_bytes += block.num_bytes
+        if block.payload is not None:
+            self.num_bytes += block.num_bytes
+            self._in_memory[block.key] = None
+        return tuple(shorter)
 
     def _remove(self, block: Block) -> None:
         del self._blocks[block.key]
@@ -179,14 +291,41 @@ class PrefixCache:
         if not siblings:
             del self._children[block.parent]
         self.num_bytes -= block.num_bytes
+        self._in_memory.pop(block.key, None)
+
+    def _leave_memory(self, block: Block) -> None:
+        if not block.is_on_disk:
+            self._remove(block)
+        elif block.payload is not None:
+            self.num_bytes -= block.num_bytes
+            block.payload = None
+            del self._in_memory[block.key]
+
+    def _leave_disk(self, block: Block) -> None:
+        block.is_on_disk = False
+        if block.payload is None and block.key in self._blocks:
+            self._remove(block)
 
     def _touch(self, path: Sequence[Block]) -> None:
         # Leaf first, so that a parent is always more recent than its children.
         for block in reversed(path):
-            if block.key in self._blocks:
-                self._blocks.move_to_end(block.key)
+            if block.key in self._in_memory:
+                self._in_memory.move_to_end(block.key)
+
+    def _touch_disk(self, path: Sequence[Block]) -> None:
+        if self.disk is not None:
+            self.disk.touch([block.key for block in reversed(path) if block.is_on_disk])
 
     def _shrink(self) -> None:
+        """What waits to be written is in memory anyway, and stays known until it is on disk."""
         while self.num_bytes > self.capacity:
-            leaf = next(b for b in self._blocks.values() if b.key not in self._children)
-            self._remove(leaf)
+            leaf = next((key for key in self._in_memory if self._may_leave(key)), None)
+            if leaf is None:
+                return
+            self._leave_memory(self._blocks[leaf])
+
+    def _may_leave(self, key: bytes) -> bool:
+        if self._blocks[key].is_on_disk:
+            return True
+        is_waiting = self.disk is not None and self.disk.is_waiting(key)
+        return key not in self._children and not is_waiting

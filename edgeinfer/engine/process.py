@@ -28,7 +28,7 @@ from edgeinfer_models.model_files import ModelFiles
 
 log = logging.getLogger("edgeinfer.worker")
 
-SHUTDOWN_S = 2.0
+SHUTDOWN_S = 5.0  # the worker takes less (worker.py)
 ILLEGAL_INSTRUCTION = (
     " (llama.cpp was compiled for another processor, or with a compiler that is wrong about this one;"
     " compile it again: `make clean setup`)"
@@ -51,6 +51,8 @@ class LoadCommand:
     automatic: Automatic = field(default_factory=Automatic)  # settings that may be changed to fit
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS
+    cache_disk_bytes: int = 0
+    cache_folder: str = ""  # of the prompt cache on disk
     costs_folder: str = ""  # of measured step costs, by which threads are chosen; "": they are fixed
 
 
@@ -139,6 +141,8 @@ class EngineProcess:
                 "cache_bytes": command.cache_bytes,
                 "config": None if command.config is None else asdict(command.config),
                 "automatic": asdict(command.automatic),
+                "cache_disk_bytes": command.cache_disk_bytes,
+                "cache_folder": command.cache_folder,
                 "window": command.window,
                 "sinks": command.sinks,
                 "costs_folder": command.costs_folder,

@@ -27,8 +27,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO
 
-from edgeinfer.backend import RuntimeSettings
+from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.constraint import Constraint
+from edgeinfer.engine.disk_cache import DiskCache
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
@@ -51,6 +52,7 @@ TELL_INTERVAL_S = 1 / 30
 SOON_S = 0.25
 REST_S = 0.03  # without a command before idle time is used
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
+SAVE_S = 2.0  # longest that conversations are written to disk at the end
 PROMPT_END = 64  # characters of a prompt that are told back
 SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
 PLAUSIBLE_BYTES = 16  # of text for each token of context; more is looked at before it is tokenized
@@ -71,6 +73,7 @@ class Worker:
         self._preparing_lock = threading.Lock()
         self._engine: Engine | None = None
         self._load_cancelled = False
+        self._is_saving = False
         self._costs: MeasuredCosts | None = None
 
     # -- the main thread -------------------------------------------------------------------------
@@ -86,6 +89,7 @@ class Worker:
                 if self._costs is not None:
                     self._costs.command_taken()
                 if command["cmd"] == "shutdown":
+                    self._is_saving = True
                     self._close_engine()
                     return
                 self._obey(command)
@@ -220,6 +224,7 @@ class Worker:
             model=files.name,
             max_running=command["max_running"],
             cache_bytes=fit.cache_bytes,
+            disk=self._disk(command, runtime),
             window=Window.of(runtime.facts.context, command["window"], command["sinks"]),
             tell_interval_s=TELL_INTERVAL_S,
             tuner=tuner,
@@ -255,13 +260,28 @@ class Worker:
             }
         )
 
+    def _disk(self, command: Mapping[str, Any], runtime: Runtime) -> DiskCache | None:
+        if not command["cache_disk_bytes"]:
+            return None
+
+        def is_busy() -> bool:
+            return self._engine is not None and self._engine.has_work
+
+        return DiskCache(
+            Path(command["cache_folder"]),
+            runtime.identity(),
+            command["cache_disk_bytes"],
+            name=command["files"]["name"],
+            is_busy=is_busy,
+        )
+
     def _close_engine(self) -> None:
         if self._costs is not None:
             self._costs.save()
             self._costs = None
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            engine.close()
+            engine.close(SAVE_S)
 
     def _load_failed(self, command: Mapping[str, Any], kind: str, message: str) -> None:
         self._send({"ev": "load_failed", "id": command["id"], "type": kind, "error": message})
@@ -294,6 +314,8 @@ class Worker:
                 self._take(command)
                 if command["cmd"] == "shutdown":
                     time.sleep(SHUTDOWN_S)  # for the main thread to put away what it has
+                    if self._is_saving:
+                        time.sleep(SAVE_S)
                     os._exit(0)
         except BaseException:  # a bug of ours: a worker that hears nothing more is worth less than none
             logging.getLogger("edgeinfer.worker").exception("reading commands failed")
