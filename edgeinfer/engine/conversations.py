@@ -31,6 +31,7 @@ class _View:
     tokens: list[int]
     gap: Gap | None = None
     is_cut: bool = False  # here and now: no sequence has read what it leaves out
+    read_again: int = 1  # tokens at its end that are run even if all of it is known: for their logits
 
     @property
     def root(self) -> bytes:
@@ -38,7 +39,11 @@ class _View:
 
     @property
     def limit(self) -> int:
-        return len(self.tokens) - 1  # the last token is run again for its logits
+        return len(self.tokens) - 1
+
+    def usable(self, known: int) -> int:
+        """Of a beginning that is known."""
+        return known if known < self.limit else min(known, len(self.tokens) - self.read_again)
 
     def is_continued_by(self, num_cells: int) -> bool:
         """Whether a sequence that holds the first `num_cells` tokens is past the gap."""
@@ -115,11 +120,11 @@ class Conversations:
         facts, prompt = self._facts, waiting.prompt
         if waiting.request.embedding or not facts.can.fork or len(prompt) >= self._window.size:
             return False
-        view = _View(list(prompt))
+        view = _View(list(prompt), read_again=self._num_read_again(waiting, len(prompt)))
         for running in others:
             if running.request.embedding or not running.prompt_left or _root(running) != ROOT:
                 continue
-            shared = min(common_length(running.tokens, view.tokens), view.limit)
+            shared = min(common_length(running.tokens, view.tokens), len(prompt) - view.read_again)
             shared -= shared % facts.stable_chunk_tokens
             if shared - running.num_computed < MIN_FORK_TOKENS:
                 continue
@@ -132,7 +137,8 @@ class Conversations:
         """How the cells are to hold a prompt: whole if it fits, else as the known sequence that has the
         most of it, if the rest fits behind that one's head; else its head and its end."""
         prompt = list(running.prompt)
-        whole = _View(prompt)
+        read_again = self._num_read_again(running, len(prompt))
+        whole = _View(prompt, read_again=read_again)
         if len(prompt) < self._window.size:
             return whole
         gaps = {gap.key: gap for gap in self.prefixes.gaps}
@@ -159,7 +165,7 @@ class Conversations:
         turns = turn_starts(prompt, self._runtime.tokenizer)
         cut = self._window.cut(len(prompt), head, running.request.max_tokens, turns)
         if cut <= head:
-            return _View(prompt)
+            return _View(prompt, read_again=self._num_read_again(running, len(prompt)))
         gap = gap_of_cut(prompt, head, cut)
         running.newly_evicted = gap.count
         return _View(gap.cells(prompt), gap, is_cut=True)
@@ -199,14 +205,25 @@ class Conversations:
         return _Known(idle, idle_length, twin, twin_length, self._match(view).num_tokens)
 
     def _match(self, view: _View) -> Match:
-        return self.prefixes.match(view.tokens[: view.limit], view.root)
+        match = self.prefixes.match(view.tokens[: view.limit], view.root)
+        usable = view.usable(match.num_tokens)
+        if usable == match.num_tokens:
+            return match
+        return self.prefixes.match(view.tokens[:usable], view.root)
+
+    def _num_read_again(self, running: RunningRequest, length: int) -> int:
+        """A whole chunk's worth where the answer is to be the same each time: alone, the last token is
+        computed by another kernel than in a prompt that is read (see RuntimeFacts)."""
+        sampling, stable = running.request.sampling, self._facts.stable_chunk_tokens
+        is_repeatable = sampling.seed is not None or sampling.temperature == 0
+        return stable if is_repeatable and length >= stable else 1
 
     def _best_idle(self, view: _View) -> tuple[LiveSequence | None, int]:
         best, length = None, 0
         for idle in self.idle:
             if idle.root != view.root:
                 continue
-            shared = min(common_length(idle.tokens, view.tokens), view.limit)
+            shared = view.usable(min(common_length(idle.tokens, view.tokens), view.limit))
             if shared < len(idle.tokens) and not self._facts.can.rewind:
                 continue  # its tail cannot be taken off again
             if shared > length:
@@ -223,7 +240,7 @@ class Conversations:
             if running.request.embedding or _root(running) != view.root:
                 continue
             computed = running.tokens[: running.num_computed]
-            shared = min(common_length(computed, view.tokens), view.limit)
+            shared = min(common_length(computed, view.tokens), len(view.tokens) - view.read_again)
             shared -= shared % self._facts.stable_chunk_tokens  # see RuntimeFacts
             if shared > length:
                 best, length = running, shared

@@ -18,14 +18,13 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeinfer.engine.block_files import (
     BLOCK_SUFFIX,
@@ -43,6 +42,9 @@ from edgeinfer.engine.block_files import (
     write_gap,
 )
 from edgeinfer.engine.history import Gap
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 log = logging.getLogger("edgeinfer.cache")
 
@@ -186,6 +188,8 @@ class DiskCache:
         """The payloads of blocks, in order; None for one that is not there or damaged, which is removed,
         and after it. Several are read and checked at once."""
         if self._readers is None:
+            from concurrent.futures import ThreadPoolExecutor  # half a megabyte that few need
+
             self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="cache-reader")
         ahead = deque(self._readers.submit(self._read, key) for key in keys[: 2 * READERS])
         rest = iter(keys[2 * READERS :])
@@ -328,7 +332,7 @@ class DiskCache:
                 os.utime(path)
             return
         self._make_folder()
-        if shutil.disk_usage(self._folder).free < len(job.payload) + SPARE_BYTES:
+        if _free_bytes(self._folder) < len(job.payload) + SPARE_BYTES:
             raise OSError(0, "less than 512 MiB of the disk is free")
         if job.gap is not None and not (self._folder / (job.gap.key.hex() + GAP_SUFFIX)).exists():
             write_gap(self._folder, job.gap)
@@ -408,6 +412,15 @@ def _tidy(folder: Path) -> None:
         for _, path in sorted(gaps)[:-MOST_GAPS]:
             with contextlib.suppress(OSError):
                 Path(path).unlink()
+
+
+def _free_bytes(folder: Path) -> int:
+    if not hasattr(os, "statvfs"):
+        import shutil
+
+        return shutil.disk_usage(folder).free
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _folders(root: Path) -> list[Path]:

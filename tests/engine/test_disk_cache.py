@@ -146,6 +146,9 @@ def test_without_memory_for_it_the_disk_is_enough(folder: Path) -> None:
         talk.ask(3, [*history, 97])
         assert talk.num_prefilled(3) == 2
         assert talk.stats(3).cache.tier == "disk"
+        assert disk.wait(10)
+        time.sleep(0.06)
+        talk.engine.conversations.prefixes.refresh()
         assert talk.engine.status().cache_bytes == 0
 
 
