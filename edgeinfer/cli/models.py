@@ -92,7 +92,7 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
         )
         for row in rows
     ]
-    _print_table(("Name", "State", "Size", "Licence", "What it is"), cells)
+    print_table(("Name", "State", "Size", "Licence", "What it is"), cells)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -400,7 +400,7 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _print_table(heads: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
+def print_table(heads: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
     """A table for eyes; tab-separated lines for programs."""
     if not sys.stdout.isatty():
         for row in rows:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgeinfer.client.client import Client, Generation, LoadProgress, ModelInfo, Token
 from edgeinfer.constraint import Constraint, as_lark, check_constraint
 from edgeinfer.engine.process import EngineProcess
-from edgeinfer.engine.request import Ended, EngineStatus, Event, Request, RunStats
+from edgeinfer.engine.request import Ended, EngineStatus, Event, Message, Request, RunStats
 from edgeinfer.errors import EdgeInferError, LoadFailed, RequestFailed, UnsupportedModel, WorkerDied
 from edgeinfer.machine.gpus import find_gpus, gpu_finding
 from edgeinfer.machine.ledger import MemoryUse
@@ -269,6 +269,15 @@ class LocalClient(Client):
             constraint=constraint,
             kept_characters=system_length(request, prompt) if request.overflow == "stream" else 0,
         )
+
+    def rendered_beginning(self, request: Request) -> Request:
+        """What every prompt with these messages and tools begins with, to be read and kept for good."""
+        messages = request.messages or ()
+        whole = replace(request, messages=(*messages, Message("user", "…")), overflow="stream")
+        rendered = self._render(whole)
+        assert rendered.prompt is not None
+        prompt = rendered.prompt[: rendered.prompt.rindex("…")]
+        return Request(prompt=prompt, max_tokens=1, pinned=True)
 
     def _after_thought(self, constraint: Constraint, prompt: str) -> Constraint:
         """For a model that thinks first: the thought is free. Raises ConstraintInvalid."""

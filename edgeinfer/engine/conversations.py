@@ -20,6 +20,7 @@ log = logging.getLogger("edgeinfer.engine")
 
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 RESTORED_PER_S = 3e8  # bytes of blocks read from disk, checked and put into the cache, at the least
+PIN_S = 60.0  # longest that writing what is to be pinned may take
 WORTH_S = 0.1  # of prefill that a conversation on disk must save
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
@@ -292,6 +293,24 @@ class Conversations:
         tokens = running.tokens[: running.num_computed]
         self.idle.append(LiveSequence(running.handle, tokens, running.gap))
         running.handle = None
+
+    def pin(self, running: RunningRequest) -> int:
+        """Keep an ended request's prompt on disk for good. Waits until it is there; how many of its
+        tokens are."""
+        disk, idle = self.prefixes.disk, self.idle[-1]
+        if disk is None or running.gap is not None:
+            return 0
+        length = min(len(running.prompt), len(idle.tokens))
+        self.prefixes.store(
+            idle.tokens[:length],
+            lambda start, stop: self._runtime.snapshot(idle.handle, start, stop),
+            self._facts.kv_bytes_per_token,
+            to_disk=True,
+        )
+        disk.wait(PIN_S)
+        blocks = self.prefixes.path(idle.tokens[:length])
+        here = disk.pin([block.key for block in blocks])
+        return min(sum(len(block.tokens) for block in blocks[:here]), length)
 
     def release_oldest(self) -> bool:
         """Free the cells of the conversation that rests longest; False if none rests."""

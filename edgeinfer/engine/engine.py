@@ -556,6 +556,9 @@ class Engine:
         if running.handle is not None:
             if running.num_computed and outcome != "failed" and not running.request.embedding:
                 self.conversations.keep(running)
+                if running.request.pinned:
+                    stats.cache.pinned_tokens = self.conversations.pin(running)
+                    stats.warnings += self.conversations.take_problems()
             else:
                 self.runtime.free(running.handle)
                 running.handle = None

@@ -59,6 +59,7 @@ class Request:
     may_think: bool = False  # before the constrained answer, in the tags of the model's template
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    pinned: bool = False  # what it reads stays on disk for good
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
     visible_tokens: tuple[int, ...] = ()  # control tokens whose text belongs to the answer
     asked_by: str = ""  # who asks: of several who wait, those who have least running come first
@@ -131,6 +132,7 @@ class CacheStats:
     hit: bool = False
     tier: CacheTier = "none"
     tokens: int = 0
+    pinned_tokens: int = 0  # of the prompt, on disk for good
 
 
 @dataclass
