@@ -348,7 +348,9 @@ class DiskCache:
     def _make_folder(self) -> None:
         if self._folder.is_dir():
             return
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._root.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._root, self._folder):  # conversations are nobody else's business
+            folder.mkdir(exist_ok=True, mode=0o700)
         text = json.dumps(self._description, indent=1)
         (self._folder / IDENTITY_FILE).write_text(text)
 

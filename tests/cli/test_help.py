@@ -14,6 +14,7 @@ from tests.cli.conftest import Console, Invoke, Script
 COMMANDS = [
     *("chat", "run", "bench", "doctor"),
     *("models", "models list", "models pull", "models show", "models rm"),
+    *("cache", "cache list", "cache verify", "cache clear", "cache warm"),
 ]
 HEAVY = {"gguf", "jinja2", "llama_cpp", "matplotlib", "numpy", "rich", "textual", "torch"}
 
