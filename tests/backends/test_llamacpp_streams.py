@@ -39,10 +39,10 @@ def runtime(files: ModelFiles) -> Iterator[PrivateStreams]:
     found.close()
 
 
-def test_several_sequences_get_streams_and_a_lone_one_shares_cells(files: ModelFiles) -> None:
+def test_every_sequence_gets_a_stream_where_that_can_be(files: ModelFiles) -> None:
     for settings, layout in (
         (SETTINGS, "private"),
-        (replace(SETTINGS, sequences=1), "shared"),
+        (replace(SETTINGS, sequences=1), "private"),
         (replace(SETTINGS, flash_attention=False), "shared"),
         (replace(SETTINGS, kv_layout="shared"), "shared"),
     ):

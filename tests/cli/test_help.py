@@ -70,7 +70,7 @@ def test_version_is_one_line(console: Console) -> None:
     ("arguments", "said"),
     [
         (["rnu"], "there is no command 'rnu'; did you mean 'run'?"),
-        (["zzz"], "there are chat, run, serve, bench, doctor, models; see `edgeinfer --help`"),
+        (["zzz"], "there are chat, run, serve, bench, doctor, models, cache; see `edgeinfer --help`"),
         (["my.gguf"], "to chat with that model: edgeinfer chat my.gguf"),
         (["smollm2"], "to chat with that model: edgeinfer chat smollm2"),
         (["why is the sky blue?"], 'edgeinfer run "…"'),

@@ -181,7 +181,7 @@ def test_a_restored_conversation_answers_as_if_it_had_never_left(engine: Engine)
     run(engine, {2: (other, 4)})
     after = run(engine, {3: (first, 12)})[3].stats
     assert after.cache.tier == "memory"
-    assert after.usage.cached_tokens == len(first) - 1
+    assert after.usage.cached_tokens == len(first) - 64  # read as a prompt is
     assert after.text == before.text
 
 

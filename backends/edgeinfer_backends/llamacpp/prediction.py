@@ -54,7 +54,7 @@ def wants_private(settings: RuntimeSettings, *, has_window: bool, has_gpu: bool)
     """Whether each sequence gets a stream of cells of its own (see streams.py)."""
     if settings.kv_layout != "auto":
         return settings.kv_layout == "private"
-    return settings.sequences > 1 and settings.flash_attention and not has_window and not has_gpu
+    return settings.flash_attention and not has_window and not has_gpu
 
 
 def num_cells(settings: RuntimeSettings, is_private: bool = False) -> int:
