@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from edgeinfer import __version__
-from edgeinfer.cli import bench_command, cache_command, chat, doctor, models, run_command, serve
+from edgeinfer.cli import (
+    bench_command,
+    cache_command,
+    chat,
+    doctor,
+    eval_command,
+    models,
+    run_command,
+    serve,
+)
 from edgeinfer.cli.command import Command, Group, ParseProblem, RunCommand, report_parse_problem
 from edgeinfer.cli.errors import INTERRUPTED
 from edgeinfer.cli.options import EPILOG
@@ -51,6 +60,7 @@ app.command("serve", cls=Command, epilog=EPILOG)(serve.serve)
 app.add_typer(models.app, name="models")
 app.add_typer(cache_command.app, name="cache")
 app.command("bench", cls=Command, epilog=EPILOG)(bench_command.bench)
+app.command("eval", cls=Command, epilog=EPILOG)(eval_command.evaluate)
 app.command("doctor", cls=Command)(doctor.doctor)
 
 

@@ -242,6 +242,33 @@ NewTokens = Annotated[
 Streams = Annotated[
     str, _option("streams", "How many requests at once, like 1,2,4 (concurrency).", "N,…", _MEASURE)
 ]
+EvalSuite = Annotated[
+    str,
+    _option(
+        "suite",
+        "kv: what KV types cost; stream: what a window costs over a long text; recall: what is still"
+        " known of what left it.",
+        "NAME",
+        _MEASURE,
+    ),
+]
+EvalSettings = Annotated[
+    str | None,
+    _option(
+        "settings",
+        "What to measure side by side: KV types for kv, like q8_0,q8_0/q4_0; with window and sinks for"
+        " the others, like f16:512:4,q8_0:512:4.",
+        "LIST",
+        _MEASURE,
+    ),
+]
+Text = Annotated[
+    str | None,
+    _option("text", "A file of text. Default: Python's own documentation.", "FILE", _MEASURE),
+]
+Tokens = Annotated[
+    int | None, _option("tokens", "Of the text. Default: 2000 for kv, 10000 for stream.", "N", _MEASURE)
+]
 Repeat = Annotated[int, _option("repeat", "Samples of each figure.", "N", _MEASURE)]
 Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.", "N", _MEASURE)]
 Plot = Annotated[

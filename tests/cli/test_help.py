@@ -12,7 +12,7 @@ from edgeinfer.config import KEYS
 from tests.cli.conftest import Console, Invoke, Script
 
 COMMANDS = [
-    *("chat", "run", "bench", "doctor"),
+    *("chat", "run", "bench", "eval", "doctor"),
     *("models", "models list", "models pull", "models show", "models rm"),
     *("cache", "cache list", "cache verify", "cache clear", "cache warm"),
 ]
@@ -55,7 +55,9 @@ def test_the_help_of_run_is_in_groups(invoke: Invoke) -> None:
 
 
 def test_every_key_of_the_config_file_is_in_the_help(invoke: Invoke) -> None:
-    text = "".join(invoke(command, "--help").out for command in ("run", "chat", "serve", "bench"))
+    text = "".join(
+        invoke(command, "--help").out for command in ("run", "chat", "serve", "bench", "eval")
+    )
     for key in KEYS:
         assert f"--{key} " in text or key == "model", key
 
@@ -70,7 +72,10 @@ def test_version_is_one_line(console: Console) -> None:
     ("arguments", "said"),
     [
         (["rnu"], "there is no command 'rnu'; did you mean 'run'?"),
-        (["zzz"], "there are chat, run, serve, bench, doctor, models, cache; see `edgeinfer --help`"),
+        (
+            ["zzz"],
+            "there are chat, run, serve, bench, eval, doctor, models, cache; see `edgeinfer --help`",
+        ),
         (["my.gguf"], "to chat with that model: edgeinfer chat my.gguf"),
         (["smollm2"], "to chat with that model: edgeinfer chat smollm2"),
         (["why is the sky blue?"], 'edgeinfer run "…"'),

@@ -1,0 +1,191 @@
+"""The process that measures for `edgeinfer eval`: a job as JSON on stdin, lines of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+from edgeinfer.backend import Runtime, RuntimeSettings
+from edgeinfer.engine.window import Window
+from edgeinfer.errors import EdgeInferError, MeasureFailed
+from edgeinfer.measure.evaluation import REFERENCE, EvalPlan, Setting
+from edgeinfer.measure.quality import (
+    CHUNK,
+    Agreement,
+    agreement,
+    perplexity,
+    recomputed,
+    slices,
+    stream,
+)
+from edgeinfer.measure.recall import recall
+from edgeinfer.registry import get_backend
+from edgeinfer_models.model_files import ModelFiles
+
+PROGRESS_S = 0.1
+MIN_TOKENS = 2 * CHUNK
+
+
+class EvalProcess:
+    def __init__(self, job: dict[str, Any], output: IO[bytes]) -> None:
+        self._output = output
+        self._last_told = 0.0
+        plan = dict(job["plan"])
+        plan["settings"] = tuple(Setting(**each) for each in plan["settings"])
+        self.plan = EvalPlan(**plan)
+        files = dict(job["files"])
+        files["paths"] = tuple(Path(path) for path in files["paths"])
+        files["weight_types"] = tuple((name, size) for name, size in files["weight_types"])
+        self._files = ModelFiles(**files)
+        settings = dict(job["settings"])
+        settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
+        self._settings = RuntimeSettings(**settings)
+        self._backend = get_backend(job["backend"])
+
+    def run(self) -> None:
+        suites = {"kv": self._kv, "stream": self._stream, "recall": self._recall}
+        suites[self.plan.suite]()
+
+    # -- suites ----------------------------------------------------------------------------------
+
+    def _kv(self) -> None:
+        """Each KV type against f16, and f16 against itself in other steps: the noise floor."""
+        with self._loaded(Setting(REFERENCE, REFERENCE), self.plan.tokens) as reference:
+            tokens = self._tokens(reference)
+            same = Setting(REFERENCE, REFERENCE)
+            with self._loaded(same, self.plan.tokens, logit_rows=CHUNK // 2) as other:
+                found = agreement(other, reference, tokens, self._progress("the noise floor"))
+                self._tell_agreement("noise floor", other, found)
+            for setting in self.plan.settings:
+                with self._loaded(setting, self.plan.tokens) as runtime:
+                    found = agreement(runtime, reference, tokens, self._progress(str(setting)))
+                    self._tell_agreement(str(setting), runtime, found)
+
+    def _tell_agreement(self, name: str, runtime: Runtime, found: Agreement) -> None:
+        self._send(
+            {
+                "row": {
+                    "setting": name,
+                    "tokens": len(found.kl),
+                    "bytes_per_token": runtime.facts.kv_bytes_per_token,
+                    "mean_kl": found.mean_kl,
+                    "median_kl": found.median_kl,
+                    "p99_kl": found.p99_kl,
+                    "top1": found.top1,
+                    "perplexity": perplexity(found.nll),
+                    "reference_perplexity": perplexity(found.reference_nll),
+                }
+            }
+        )
+
+    def _stream(self) -> None:
+        """Perplexity in slices, and of the end against reading it afresh with the same window."""
+        plan = self.plan
+        fresh: dict[int, float] = {}
+        for setting in plan.settings:
+            with self._loaded(setting, setting.window) as runtime:
+                tokens = self._tokens(runtime)
+                last = min(plan.last, len(tokens) // 2)
+                window = Window(setting.window, setting.sinks)
+                found = stream(runtime, tokens, window, self._progress(str(setting)))
+            if setting.window not in fresh:
+                with self._loaded(Setting(REFERENCE, REFERENCE), setting.window) as runtime:
+                    show = self._progress(f"reading afresh, {setting.window}")
+                    nll = recomputed(runtime, tokens, len(tokens) - last, setting.window, progress=show)
+                fresh[setting.window] = perplexity(nll)
+            end = perplexity(found.nll[-last:])
+            self._send(
+                {
+                    "row": {
+                        "setting": str(setting),
+                        "tokens": len(tokens),
+                        "evicted": found.evicted,
+                        "cells": max(found.used_cells),
+                        "slices": [[at, value] for at, value in slices(found.nll, plan.slice_tokens)],
+                        "perplexity": end,
+                        "recomputed_perplexity": fresh[setting.window],
+                        "ratio": end / fresh[setting.window],
+                    }
+                }
+            )
+
+    def _recall(self) -> None:
+        for setting in self.plan.settings:
+            with self._loaded(setting, setting.window) as runtime:
+                tokens = runtime.tokenizer.encode(self.plan.text, add_special=False, parse_special=False)
+                if len(tokens) < 4 * setting.window:
+                    raise MeasureFailed(
+                        f"the text has {len(tokens)} tokens; a window of {setting.window} needs"
+                        f" {4 * setting.window}"
+                    )
+                window = Window(setting.window, setting.sinks)
+                show = self._progress(str(setting))
+                found = recall(runtime, tokens, window, self.plan.facts, show)
+            self._send({"row": {"setting": str(setting), "places": [asdict(each) for each in found]}})
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _loaded(self, setting: Setting, context: int, logit_rows: int = CHUNK) -> Iterator[Runtime]:
+        settings = replace(
+            self._settings,
+            context=-(-context // 256) * 256,
+            sequences=1,
+            logit_rows=logit_rows,
+            kv_type_k=setting.kv_type_k,
+            kv_type_v=setting.kv_type_v,
+        )
+        show = self._progress(f"loading for {setting}")
+
+        def progress(done: float) -> bool:
+            show(done)
+            return True
+
+        runtime = self._backend.load(self._files, settings, progress)
+        try:
+            yield runtime
+        finally:
+            runtime.close()
+
+    def _tokens(self, runtime: Runtime) -> list[int]:
+        tokens = runtime.tokenizer.encode(self.plan.text, add_special=False, parse_special=False)
+        if len(tokens) < max(MIN_TOKENS, min(self.plan.tokens, MIN_TOKENS)):
+            raise MeasureFailed(f"the text has {len(tokens)} tokens; it needs {MIN_TOKENS} at least")
+        return tokens[: self.plan.tokens]
+
+    def _progress(self, what: str) -> Callable[[float], None]:
+        def show(done: float) -> None:
+            now = time.monotonic()
+            if now - self._last_told >= PROGRESS_S:
+                self._last_told = now
+                self._send({"what": what, "progress": done})
+
+        return show
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._output.write(json.dumps(message).encode() + b"\n")
+        self._output.flush()
+
+
+def main() -> None:
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever native code prints must not come between two lines
+    try:
+        EvalProcess(json.load(sys.stdin), output).run()
+    except EdgeInferError as error:
+        failed = {"error": str(error), "type": type(error).__name__}
+        output.write(json.dumps(failed).encode() + b"\n")
+        sys.exit(1)
+    except BrokenPipeError:  # the owner has gone
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

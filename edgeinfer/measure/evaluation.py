@@ -1,0 +1,146 @@
+"""What `edgeinfer eval` runs: a plan, and its rows as they come. The model runs in a process of its own
+(eval_process.py), since native code may abort on a hostile file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from edgeinfer.engine.process import LoadCommand, worker_environment
+from edgeinfer.engine.window import DEFAULT_SINKS
+from edgeinfer.errors import MeasureFailed, UsageError, error_from_wire
+
+Suite = Literal["kv", "stream", "recall"]
+SUITES: tuple[Suite, ...] = ("kv", "stream", "recall")
+DEFAULT_SETTINGS: Mapping[Suite, str] = {
+    "kv": "q8_0,q4_0",
+    "stream": "f16:512:4,f16:512:0,q8_0:512:4",
+    "recall": "f16:512:4,f16:512:0",
+}
+DEFAULT_TOKENS: Mapping[Suite, int] = {"kv": 2000, "stream": 10_000, "recall": 0}
+REFERENCE = "f16"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A KV type for K and V, or both with a slash between; a window and its sinks (stream, recall)."""
+
+    kv_type_k: str
+    kv_type_v: str
+    window: int = 0  # none
+    sinks: int = DEFAULT_SINKS
+
+    def __str__(self) -> str:
+        same = self.kv_type_k == self.kv_type_v
+        kv = self.kv_type_k if same else f"{self.kv_type_k}/{self.kv_type_v}"
+        return f"{kv}:{self.window}:{self.sinks}" if self.window else kv
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    suite: Suite
+    settings: tuple[Setting, ...]
+    tokens: int  # of the text
+    text: str
+    facts: int = 5
+    slice_tokens: int = 1000
+    last: int = 2000  # tokens at the end that the recompute is compared on
+
+
+def parse_settings(suite: Suite, text: str, kv_types: Sequence[str]) -> tuple[Setting, ...]:
+    """ "q8_0,f16:512:4" -> settings. Raises UsageError."""
+    found = []
+    for word in text.split(","):
+        match = re.fullmatch(
+            r"\s*([a-z0-9_]+)(?:/([a-z0-9_]+))?(?::([0-9]{1,7}))?(?::([0-9]{1,7}))?\s*", word
+        )
+        if match is None:
+            raise UsageError(f"--settings {word[:40]!r} is no setting; write for example q8_0:512:4")
+        k, v, window, sinks = match.groups()
+        for kind in (k, v or k):
+            if kind not in kv_types:
+                known = ", ".join(kv_types)
+                raise UsageError(f"--settings: {kind[:40]!r} is not a KV cache type; one of {known}")
+        num_sinks = DEFAULT_SINKS if sinks is None else int(sinks)
+        setting = Setting(k, v or k, int(window or 0), num_sinks)
+        if suite == "kv" and setting.window:
+            raise UsageError(f"--settings {word.strip()!r}: --suite kv has no windows; write {k}")
+        if suite != "kv" and not 32 <= setting.window <= 2**20:
+            raise UsageError(f"--settings {word.strip()!r} needs a window of 32 or more: {k}:512:4")
+        if setting.window and setting.sinks >= setting.window:
+            raise UsageError(f"--settings {word.strip()!r}: the window is not larger than the sinks")
+        found.append(setting)
+    return tuple(dict.fromkeys(found))
+
+
+class Evaluation:
+    """A plan under way. `rows` yields each setting's figures as they are known; `stop` ends it."""
+
+    def __init__(
+        self, command: LoadCommand, plan: EvalPlan, progress: Callable[[str, float], None]
+    ) -> None:
+        self._command = command
+        self._plan = plan
+        self._progress = progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopped = False
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Raises what the process met: LoadFailed, MeasureFailed …"""
+        files = self._command.files
+        job = {
+            "backend": self._command.backend,
+            "files": {**asdict(files), "paths": [str(path) for path in files.paths]},
+            "settings": asdict(self._command.settings),
+            "plan": asdict(self._plan),
+        }
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgeinfer.measure.eval_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=worker_environment(os.environ),
+            start_new_session=True,  # Ctrl+C is for the owner
+        )
+        assert process.stdin and process.stdout  # noqa: S101 (they are pipes)
+        try:
+            with process.stdin:
+                process.stdin.write(json.dumps(job).encode())
+            for line in process.stdout:
+                found = json.loads(line)
+                if "progress" in found:
+                    self._progress(found["what"], found["progress"])
+                elif "error" in found:
+                    raise error_from_wire(found["type"], found["error"])
+                else:
+                    yield found["row"]
+            if process.wait() and not self._is_stopped:
+                raise MeasureFailed(f"the model's process {_how_ended(process.returncode)}")
+        except (OSError, ValueError):  # it died, or was ended, in the middle of a line
+            if not self._is_stopped:
+                raise MeasureFailed(f"the model's process {_how_ended(process.wait())}") from None
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        if self._process is not None:
+            self._process.kill()
+
+
+def _how_ended(code: int) -> str:
+    if code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"ended with exit code {code}"
