@@ -274,7 +274,7 @@ class Engine:
         return events
 
     def _make_room(self) -> None:
-        for running in [r for r in self._running if len(r.tokens) > self.window.size]:
+        for running in [r for r in self._running if r.streams and len(r.tokens) > self.window.size]:
             try:
                 self.conversations.make_room(running)
             except (StepFailed, OutOfCells) as error:

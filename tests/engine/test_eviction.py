@@ -197,6 +197,13 @@ def test_asked_for_text_ends_at_its_size_whatever_left() -> None:
     assert len(driver.answer(1)) > 0
 
 
+def test_a_text_to_embed_may_be_larger_than_the_window() -> None:
+    driver = Driver(make_engine())
+    driver.submit(1, asked(tokens_of(1, SIZE + 20), embedding=True))
+    driver.run()
+    assert driver.stats(1).kv.evicted_tokens == 0
+
+
 def test_stop_strings_are_found_across_an_eviction() -> None:
     driver = Driver(make_engine())
     driver.submit(1, streamed(tokens_of(1, 90), 60))
