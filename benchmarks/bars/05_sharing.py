@@ -2,7 +2,7 @@
 
 In the layout in which sequences share cells; in the other each sequence has a stream of its own, which
 is there whether or not it is used, and a fork copies rows: those figures are shown. The most cells in
-use after any step, against one prefix and each request's own tokens. A beginning is shared in whole tiles
+use after any step, against one prefix and the own tokens of each. A beginning is shared in whole tiles
 of 64 cells, and sequences begin at one, so each may take up to two tiles more.
 """
 
