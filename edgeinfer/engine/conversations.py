@@ -21,6 +21,7 @@ log = logging.getLogger("edgeinfer.engine")
 MIN_FORK_TOKENS = 32  # a shorter common prefix with a running sequence is not worth sharing
 RESTORED_PER_S = 3e8  # bytes of blocks read from disk, checked and put into the cache, at the least
 PIN_S = 60.0  # longest that writing what is to be pinned may take
+WORTH_UNMEASURED = 128  # tokens that are worth a file where nobody knows how long they take to read
 WORTH_S = 0.1  # of prefill that a conversation on disk must save
 MIN_SAVED_TAIL = 32  # a shorter tail that the next turn contradicts is not worth keeping
 
@@ -76,7 +77,7 @@ class Conversations:
         disk: DiskCache | None = None,
         prefill_s_per_token: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """prefill_s_per_token(): None where nothing was measured; then nothing is worth a file."""
+        """prefill_s_per_token(): None where nothing was measured."""
         self._runtime = runtime
         self._prefill_s_per_token = prefill_s_per_token
         self._facts = runtime.facts
@@ -340,8 +341,8 @@ class Conversations:
     def _is_worth_a_file(self, num_tokens: int) -> bool:
         """Whether reading so many tokens took clearly longer than restoring them will."""
         rate = self._prefill_s_per_token()
-        if rate is None:
-            return False
+        if rate is None:  # in a chat of short messages it may never be
+            return num_tokens >= WORTH_UNMEASURED
         restoring = self._facts.kv_bytes_per_token / RESTORED_PER_S
         return num_tokens * (rate - 2 * restoring) >= WORTH_S
 

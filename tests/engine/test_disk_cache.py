@@ -152,6 +152,15 @@ def test_without_memory_for_it_the_disk_is_enough(folder: Path) -> None:
         assert talk.engine.status().cache_bytes == 0
 
 
+def test_where_nothing_was_measured_a_long_conversation_is_written(folder: Path) -> None:
+    for count in (100, 200):
+        process = Process(folder)
+        process.engine._prefill_s_per_token = 0.0
+        with process as talk:
+            talk.ask(1, tokens_of(1, count))
+        assert bool(blocks_in(folder)) == (count == 200)
+
+
 def test_what_is_read_faster_than_restored_is_not_written(folder: Path) -> None:
     process = Process(folder)
     process.engine._prefill_s_per_token = 1e-9
