@@ -90,12 +90,22 @@ def examine() -> dict[str, Any]:
         ],
         "backends": backends,
         "config": config,
+        "cache": _cache(),
         "models": {
             "folder": str(data_folder()),
             "installed": [model.name for model in list_models().models],
         },
         "versions": {"edgeinfer": __version__, "python": sys.version.split()[0], **_versions()},
     }
+
+
+def _cache() -> dict[str, Any]:
+    from edgeinfer.engine.disk_cache import prompts_folder, stored_blocks
+
+    folder = prompts_folder()
+    blocks = stored_blocks(folder)
+    size = sum(block.num_bytes for block in blocks)
+    return {"folder": str(folder), "blocks": len(blocks), "bytes": size}
 
 
 def _versions() -> dict[str, str]:
@@ -156,6 +166,11 @@ def render(findings: dict[str, Any]) -> str:
     installed = ", ".join(models["installed"]) or "none; `edgeinfer models pull smollm2` gets one"
     lines.append(f"models     {installed}")
     lines.append(f"           in {models['folder']}")
+    cache = findings["cache"]
+    lines.append(
+        f"cache      {cache['bytes'] / 2**20:.0f} MiB of conversations (`edgeinfer cache list`)"
+    )
+    lines.append(f"           in {cache['folder']}")
     config = findings["config"]
     state = config["error"] or f"{config['path']} ({'read' if config['found'] else 'none there'})"
     lines.append(f"config     {state}")

@@ -587,6 +587,7 @@ class Engine:
                 facts.kv_type_k,
                 facts.kv_type_v,
                 running.num_computed * facts.kv_bytes_per_token,
+                facts.kv_bytes_per_token,
                 running.evicted,
                 running.newly_evicted,
             ),

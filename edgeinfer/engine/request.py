@@ -123,6 +123,7 @@ class KvStats:
     type_k: str = "none"
     type_v: str = "none"
     bytes: int = 0
+    bytes_per_token: int = 0
     evicted_tokens: int = 0  # of the conversation, those that the model no longer saw at the end
     newly_evicted: int = 0  # of them, those that left for this request
 

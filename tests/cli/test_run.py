@@ -16,7 +16,7 @@ KEYS: dict[str, Any] = {
     "usage": {"prompt_tokens": int, "completion_tokens": int, "cached_tokens": int},
     "timings": {"load_s": float, "ttft_s": float, "prefill_tok_s": float, "decode_tok_s": float},
     "speculation": {"mode": str, "drafted": int, "accepted": int, "steps": int, "reason": str},
-    "kv": {"type_k": str, "type_v": str, "bytes": int, "evicted_tokens": int},
+    "kv": {"type_k": str, "type_v": str, "bytes": int, "bytes_per_token": int, "evicted_tokens": int},
     "cache": {"hit": bool, "tier": str, "tokens": int},
     "backend": str,
     "model": str,

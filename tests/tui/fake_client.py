@@ -155,7 +155,7 @@ class FakeClient(Client):
                 finish_reason="cancelled" if outcome == "cancelled" else script.finish_reason,
                 usage=Usage(script.prompt_tokens, len(said), script.cached_tokens),
                 timings=Timings(0.1, 0.25, 400.0, 41.5),
-                kv=KvStats("f16", "f16", 1000, script.evicted_tokens),
+                kv=KvStats("f16", "f16", 1000, 10, script.evicted_tokens),
                 backend="llamacpp",
                 model=self._model.name,
                 context=self._model.context,
