@@ -3,7 +3,7 @@
 In the layout in which sequences share cells; in the other each sequence has a stream of its own, which
 is there whether or not it is used, and a fork copies rows: those figures are shown. The most cells in
 use after any step, against one prefix and the own tokens of each. A beginning is shared in whole tiles
-of 64 cells, and sequences begin at one, so each may take up to two tiles more.
+of 64 cells, and sequences begin at one, so each may take half a tile more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure(bar: Bar) -> None:
         ideal = PREFIX + REQUESTS * (OWN + ANSWER)
         rows.append((layout, f"{most:,}", f"{ideal:,}", f"{read:,}"))
         if layout == "shared":
-            limit = ideal + REQUESTS * 2 * TILE
+            limit = ideal + REQUESTS * TILE // 2
             bar.require(f"{most} cells <= {limit}, which is {ideal} in whole tiles", most <= limit)
     bar.say(table(rows))
     bar.details["rows"] = rows
