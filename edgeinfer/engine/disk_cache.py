@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING
 from edgeinfer.engine.block_files import (
     BLOCK_SUFFIX,
     GAP_SUFFIX,
+    KEY_BYTES,
     PART_SUFFIX,
     PIN_SUFFIX,
     BlockHeader,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edgeinfer.cache")
 
 IDENTITY_FILE = "identity.json"
+_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}({BLOCK_SUFFIX}|{GAP_SUFFIX})")
 UNFINISHED_S = 3600.0  # a writer that takes longer was killed
 FRESH_NS = 50_000_000  # of a folder's time of change, within which another change may not show
 SPARE_BYTES = 2**29  # of the disk, left to others
@@ -135,7 +138,7 @@ class DiskCache:
             if changed_ns == self._seen_ns:
                 return None
             now_ns = time.time_ns()
-            names = {entry.name for entry in os.scandir(self._folder)}
+            names = {entry.name for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name)}
         except OSError:  # not there: nothing was written yet, or somebody cleared it
             names, changed_ns, now_ns = set(), -1, 0
             if not self._names:
@@ -151,7 +154,9 @@ class DiskCache:
                     gaps.append(read_gap(path))
             except BlockInvalid as error:
                 self._remove_bad(path, str(error))
-            except OSError:  # removed meanwhile, or not ours to read
+            except FileNotFoundError:  # removed meanwhile
+                self._removed.add(name)
+            except OSError:  # not ours to read
                 self._bad.add(name)
         gone = [
             bytes.fromhex(name.removesuffix(BLOCK_SUFFIX))
@@ -212,6 +217,8 @@ class DiskCache:
             header, payload = read_block(path, self._identity)
         except BlockInvalid as error:
             self._remove_bad(path, str(error))
+            return None
+        except FileNotFoundError:  # somebody made room, or cleared it
             return None
         except OSError as error:
             self.report(f"a block of the prompt cache could not be read: {error.strerror or error}")

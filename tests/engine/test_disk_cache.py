@@ -333,6 +333,23 @@ def test_a_file_where_the_folder_should_be_is_said(folder: Path) -> None:
     assert folder.read_text() == "mine"
 
 
+def test_what_is_not_named_as_ours_is_left_alone(folder: Path) -> None:
+    prompt = tokens_of(1, 250)
+    with Process(folder) as talk:
+        talk.ask(1, prompt, 5)
+    own = only_block(folder).parent
+    (own / "notes.kv").write_text("mine")
+    (own / "folder.kv").mkdir()
+    with Process(folder) as talk:
+        talk.ask(1, prompt, 5)
+        assert talk.num_prefilled(1) == 1
+        (own / "folder.kv").rmdir()
+        talk.ask(2, tokens_of(2, 20), 5)
+        talk.ask(3, prompt, 5)
+        assert talk.stats(3).warnings == []
+    assert (own / "notes.kv").read_text() == "mine"
+
+
 def test_clearing_the_folder_meanwhile_is_a_miss(folder: Path) -> None:
     history = tokens_of(1, 700)
     with Process(folder) as talk:
