@@ -11,14 +11,15 @@ from typing import Any
 
 from edgeinfer.engine.block_files import (
     BLOCK_SUFFIX,
-    GAP_SUFFIX,
     KEY_BYTES,
+    PART_SUFFIX,
+    PIN_SUFFIX,
     BlockInvalid,
     read_block,
     read_gap,
     read_header,
 )
-from edgeinfer.engine.disk_cache import IDENTITY_FILE, stored_blocks
+from edgeinfer.engine.disk_cache import CACHE_NAME, IDENTITY_FILE, stored_blocks
 
 _MAX_IDENTITY_BYTES = 64 * 1024
 
@@ -101,7 +102,8 @@ def clear(root: Path, model: str | None = None) -> int:
     for folder in identity_folders(root):
         if model is not None and model not in (_description(folder).get("model"), folder.name):
             continue
-        for entry in list(folder.iterdir()):
+        own = (*_files(folder), *folder.glob(f"*{PIN_SUFFIX}"), *folder.glob(f"*{PART_SUFFIX}"))
+        for entry in (*own, folder / IDENTITY_FILE):
             with contextlib.suppress(OSError):
                 size = entry.lstat().st_size
                 entry.unlink()
@@ -127,9 +129,8 @@ def _is_identity(name: str) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.name.endswith((BLOCK_SUFFIX, GAP_SUFFIX)):
-            yield path
+    """Blocks and gaps, as they are named; whatever else is there is not ours."""
+    return (path for path in folder.iterdir() if CACHE_NAME.fullmatch(path.name))
 
 
 def _description(folder: Path) -> dict[str, Any]:

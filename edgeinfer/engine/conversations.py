@@ -144,7 +144,9 @@ class Conversations:
         if len(prompt) < self._window.size:
             return whole
         gaps = {gap.key: gap for gap in self.prefixes.gaps}
-        gaps |= {idle.gap.key: idle.gap for idle in self.idle if idle.gap is not None}
+        for gap in (*(idle.gap for idle in self.idle), *(running.gap for running in others)):
+            if gap is not None:
+                gaps[gap.key] = gap
         views = [whole, *(_View(gap.cells(prompt), gap) for gap in gaps_within(prompt, gaps.values()))]
         best, most = None, 0
         for view in views:

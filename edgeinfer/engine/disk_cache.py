@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("edgeinfer.cache")
 
 IDENTITY_FILE = "identity.json"
-_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}({BLOCK_SUFFIX}|{GAP_SUFFIX})")
+CACHE_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}({BLOCK_SUFFIX}|{GAP_SUFFIX})")
 UNFINISHED_S = 3600.0  # a writer that takes longer was killed
 FRESH_NS = 50_000_000  # of a folder's time of change, within which another change may not show
 SPARE_BYTES = 2**29  # of the disk, left to others
@@ -138,7 +138,9 @@ class DiskCache:
             if changed_ns == self._seen_ns:
                 return None
             now_ns = time.time_ns()
-            names = {entry.name for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name)}
+            names = {
+                entry.name for entry in os.scandir(self._folder) if CACHE_NAME.fullmatch(entry.name)
+            }
         except OSError:  # not there: nothing was written yet, or somebody cleared it
             names, changed_ns, now_ns = set(), -1, 0
             if not self._names:

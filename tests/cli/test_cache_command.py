@@ -61,13 +61,14 @@ def test_a_cache_is_listed_verified_and_cleared(console: Console, kept: Kept, tm
     found = console("cache", "verify", "--json", *folder).json
     assert [Path(each["path"]) for each in found["removed"]] == [bad]
     assert not bad.exists()
-    other = tmp_path / "cache" / "prompts" / "mine.txt"
-    other.write_text("not yours")
+    others = [tmp_path / "cache" / "prompts" / "mine.txt", bad.parent / "mine.kv"]
+    for other in others:
+        other.write_text("not yours")
     wrong = console("cache", "clear", "another", *folder)
     assert (wrong.code, "nothing of a model 'another'" in wrong.error_line) == (2, True)
     assert "are free again" in console("cache", "clear", *folder).out
-    assert files(tmp_path) == []
-    assert other.read_text() == "not yours"
+    assert files(tmp_path) == others[1:]
+    assert all(other.read_text() == "not yours" for other in others)
 
 
 def test_a_system_prompt_is_kept_for_good(console: Console, kept: Kept, tmp_path: Path) -> None:

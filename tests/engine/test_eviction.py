@@ -22,11 +22,11 @@ from edgeinfer.engine.sequence import RunningRequest
 from edgeinfer.engine.window import Window, turn_starts
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from edgeinfer_backends.scripted_tokenizer import TURN_END, TURN_START, ByteTokenizer
+from edgeinfer_models.tokenizer import Tokenizer
 from tests.engine.test_engine import Driver, asked, tokens_of
 
 SIZE, SINKS = 96, 4
 NEWLINE = 10
-BLANKS = tuple(b" \t\n\r\x0b\x0c")
 
 
 def make_engine(
@@ -77,7 +77,7 @@ class Talk(Driver):
 
 
 @dataclass
-class PlainModel:
+class PlainCells:
     """The policy, said plainly: once `size` cells are full, a quarter of those after the head leaves, or
     what goes with a turn that begins near there."""
 
@@ -85,49 +85,64 @@ class PlainModel:
     head: int = SINKS
     history: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)  # indexes into the history
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
 
-    def __post_init__(self) -> None:
+    def read(self) -> tuple[range, int]:
+        """Let the rest of the history into the cells: what is new, and how many leave for it."""
+        new = range(self.cells[-1] + 1 if self.cells else 0, len(self.history))
+        over = len(self.cells) + len(new) - self.size
+        leaving = self._num_leaving(over) if over > 0 else 0
+        del self.cells[self.head : self.head + leaving]
+        self.cells += new
+        return new, leaving
+
+    def _num_leaving(self, over: int) -> int:
+        quarter = (self.size - self.head) // 4
+        leaving = max(over, quarter)
+        near = range(over, min(leaving + quarter, len(self.cells) - self.head) + 1)
+        starts = [count for count in near if self._begins_turn(self.head + count)]
+        return min(starts, key=lambda count: (abs(count - leaving), -count), default=leaving)
+
+    def _begins_turn(self, position: int) -> bool:
+        """After a turn's end and blanks: models draw such tokens too, now and then."""
+        held, is_end = self.held, self.tokenizer.is_end
+        if position >= len(held) or self._is_blank(held[position]) or is_end(held[position]):
+            return False
+        while position and self._is_blank(held[position - 1]):
+            position -= 1
+        return position > 0 and is_end(held[position - 1])
+
+    def _is_blank(self, token: int) -> bool:
+        is_text = not self.tokenizer.is_end(token) and not self.tokenizer.is_control(token)
+        return is_text and not self.tokenizer.piece(token).strip()
+
+    @property
+    def held(self) -> list[int]:
+        return [self.history[index] for index in self.cells]
+
+
+class PlainModel(PlainCells):
+    """With a runtime of its own, on which it evicts what leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
         settings = RuntimeSettings(context=self.size + 8, sequences=1, step_tokens=64)
         self._runtime = ScriptedBackend().load(SCRIPTED_FILES, settings, lambda _: True)
         self._sequence = self._runtime.open()
-        self._num_computed = 0  # of the history
-
-    def _read(self) -> int:
-        """Compute what is not in a cell yet; the likeliest next token."""
-        new = range(self._num_computed, len(self.history))
-        over = len(self.cells) + len(new) - self.size
-        if over > 0:
-            quarter = (self.size - self.head) // 4
-            leaving = max(over, quarter)
-            near = range(over, min(leaving + quarter, len(self.cells) - self.head) + 1)
-            starts = [count for count in near if self._begins_turn(self.head + count)]
-            if starts:
-                leaving = min(starts, key=lambda count: (abs(count - leaving), -count))
-            self._runtime.evict(self._sequence, self.head, self.head + leaving)
-            del self.cells[self.head : self.head + leaving]
-        tokens = [self.history[index] for index in new]
-        for start in range(0, len(tokens), 64):
-            part = tokens[start : start + 64]
-            result = self._runtime.forward(Step([SequenceStep(self._sequence, part)]))
-        self.cells += new
-        self._num_computed = len(self.history)
-        return int(self._runtime.logits(result.starts[0]).argmax())
-
-    def _begins_turn(self, position: int) -> bool:
-        """After a turn's end and blanks: the scripted model draws such tokens too, now and then."""
-        held = [self.history[index] for index in self.cells]
-        if position >= len(held) or held[position] in (*BLANKS, TURN_END):
-            return False
-        while position and held[position - 1] in BLANKS:
-            position -= 1
-        return position > 0 and held[position - 1] == TURN_END
 
     def ask(self, tokens: Sequence[int], max_tokens: int = 12) -> list[int]:
         """tokens: what is new."""
         self.history += tokens
         answer = []
         for _ in range(max_tokens):
-            answer.append(self._read())
+            new, leaving = self.read()
+            if leaving:
+                self._runtime.evict(self._sequence, self.head, self.head + leaving)
+            unread = [self.history[index] for index in new]
+            for start in range(0, len(unread), 64):
+                part = SequenceStep(self._sequence, unread[start : start + 64])
+                result = self._runtime.forward(Step([part]))
+            answer.append(int(self._runtime.logits(result.starts[0]).argmax()))
             self.history.append(answer[-1])
         return answer
 
@@ -423,8 +438,7 @@ def test_thousands_of_random_turns_equal_the_plain_model(seed: int) -> None:
             assert talk.running[asked_as].prompt == (*before, *new)
             assert talk.running[asked_as].answered == plains[which].ask(new, count)
             conversations[which][1][:] = plains[which].history
-            cells = [plains[which].history[index] for index in plains[which].cells]
             running = talk.running[asked_as]
-            assert running.tokens[: running.num_computed] == cells
+            assert running.tokens[: running.num_computed] == plains[which].held
             evictions += running.newly_evicted > 0
     assert evictions > 40

@@ -40,6 +40,7 @@ class NativeLog:
         self._lock = threading.Lock()
         self._errors: deque[str] = deque(maxlen=8)
         self._sizes: deque[str] = deque(maxlen=64)
+        self._rotations: list[bool] = []
         self._level = logging.DEBUG
         self._partial = ""
 
@@ -55,6 +56,8 @@ class NativeLog:
                 for line in filter(None, (line.strip() for line in lines)):
                     if "buffer size" in line:
                         self._sizes.append(line)
+                    elif "attn_rot_k = " in line:
+                        self._rotations.append("attn_rot_k = 1" in line)
                     level_of_line = logging.DEBUG if line.endswith(_ABORTED) else self._level
                     if level_of_line >= logging.ERROR:
                         self._errors.append(line)
@@ -66,6 +69,7 @@ class NativeLog:
         with self._lock:
             self._errors.clear()
             self._sizes.clear()
+            self._rotations.clear()
 
     def reason(self) -> str:
         """The most telling of the last error lines; "" if there was none."""
@@ -81,6 +85,11 @@ class NativeLog:
         """What llama.cpp said it allocated since `clear`: its API does not tell."""
         with self._lock:
             return list(self._sizes)
+
+    def rotates_keys(self) -> bool:
+        """Whether llama.cpp said since `clear` that it rotates keys, in every cache it made."""
+        with self._lock:
+            return bool(self._rotations) and all(self._rotations)
 
 
 native_log = NativeLog()

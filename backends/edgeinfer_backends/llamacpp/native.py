@@ -53,6 +53,7 @@ class NativeContext:
     items: list[MemoryItem]
     layout: KvLayout
     sequences: int  # handles
+    can_shift: bool
     _stack: ExitStack
 
     def close(self) -> None:
@@ -93,8 +94,13 @@ def create_context(files: ModelFiles, settings: RuntimeSettings, progress: Progr
                 f"{files.name} has recurrent layers, whose state cannot be rewound; not supported yet"
             )
         items = _memory_items(native_log.size_lines())
+        # Where quantized keys are not rotated (heads not of whole 64s, LLAMA_ATTN_ROT_DISABLE), the
+        # graph that shifts them reads a rotation that is not there, and the process ends
+        # (llama_kv_cache::build_rope_shift, 0.3.36).
+        is_safe = settings.kv_type_k not in QUANTIZED_KV or native_log.rotates_keys()
+        can_shift = bool(lib.llama_memory_can_shift(memory)) and is_safe
         return NativeContext(
-            model, vocab, context, memory, flag, items, layout, sequences, stack.pop_all()
+            model, vocab, context, memory, flag, items, layout, sequences, can_shift, stack.pop_all()
         )
 
 

@@ -152,7 +152,7 @@ class LlamaCppRuntime(Runtime):
             threads_batch=self._default_threads[1],
             can=Capabilities(
                 rewind=True,
-                evict=bool(lib.llama_memory_can_shift(self._memory)),
+                evict=native.can_shift,
                 fork=True,
                 snapshot=True,
                 token_masks=True,
