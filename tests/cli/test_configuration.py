@@ -23,7 +23,7 @@ def options_of(*names: str) -> dict[str, Any]:
 
 
 def test_every_option_is_a_key_and_every_key_an_option() -> None:
-    assert set(options_of("run", "chat", "serve", "bench")) | {"model"} == set(KEYS)
+    assert set(options_of("run", "chat", "serve", "bench", "eval")) | {"model"} == set(KEYS)
 
 
 def test_every_option_has_its_variable() -> None:
