@@ -22,7 +22,7 @@ GPU_MARGIN_BYTES = 256 * 2**20
 # cut into pieces of fewer than 64 tokens is computed by another kernel (see engine/scheduler.py).
 STEPS = (512, 256, 128)
 CONTEXT_STEP = 256
-STEP_BUFFERS = ("compute", "logits", "work")
+STEP_BUFFERS = ("compute", "logits", "work", "unpacked")
 LEAST_CONTEXT = 512  # that is chosen unasked: less is no chat
 
 

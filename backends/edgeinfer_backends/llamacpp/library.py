@@ -148,7 +148,8 @@ def build_description() -> str:
 
 
 @cache
-def _ggml() -> Any:
+def ggml() -> Any:
+    """The symbols of ggml."""
     lib = library()
     handle = lib._lib  # dlsym through libllama also finds the symbols of the ggml it links
     handle.ggml_backend_dev_count.restype = ctypes.c_size_t
@@ -172,17 +173,19 @@ def _ggml() -> Any:
 def devices() -> tuple[Device, ...]:
     """What this build can place work on, as ggml lists it."""
     try:
-        ggml = _ggml()
+        symbols = ggml()
         found = []
-        for index in range(ggml.ggml_backend_dev_count()):
-            device = ggml.ggml_backend_dev_get(index)
+        for index in range(symbols.ggml_backend_dev_count()):
+            device = symbols.ggml_backend_dev_get(index)
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             # void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total)
-            ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            symbols.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
             found.append(
                 Device(
-                    name=(ggml.ggml_backend_dev_description(device) or b"?").decode("utf-8", "replace"),
-                    kind=_device_kinds.get(ggml.ggml_backend_dev_type(device), "cpu"),
+                    name=(symbols.ggml_backend_dev_description(device) or b"?").decode(
+                        "utf-8", "replace"
+                    ),
+                    kind=_device_kinds.get(symbols.ggml_backend_dev_type(device), "cpu"),
                     total_bytes=total.value,
                     free_bytes=free.value,
                 )

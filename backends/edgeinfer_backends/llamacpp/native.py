@@ -13,12 +13,14 @@ from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.llamacpp.library import abort_flag, library, native_log
 from edgeinfer_backends.llamacpp.prediction import (
     RESERVED_SEQUENCES,
+    is_read_in_tiles,
     may_map,
     num_cells,
     num_logit_rows,
     sequence_handles,
     wants_private,
 )
+from edgeinfer_backends.llamacpp.unpacked_kv import UnpackedKv
 from edgeinfer_models.model_files import ModelFiles
 
 # enum ggml_type, the ones llama.cpp takes for a KV cache (ggml.h, 0.3.36)
@@ -54,6 +56,7 @@ class NativeContext:
     layout: KvLayout
     sequences: int  # handles
     can_shift: bool
+    unpacked: UnpackedKv | None  # for steps that would not be read in tiles otherwise
     _stack: ExitStack
 
     def close(self) -> None:
@@ -79,12 +82,13 @@ def create_context(files: ModelFiles, settings: RuntimeSettings, progress: Progr
         layout = _layout(lib, model, settings)
         sequences = settings.sequences if layout == "private" else sequence_handles(settings.sequences)
         params, flag = _context_params(lib, settings, layout)
-        # LLAMA_API struct llama_context * llama_init_from_model(struct llama_model * model,
-        #     struct llama_context_params params)
-        context = lib.llama_init_from_model(model, params)
-        if not context:
-            reason = native_log.reason() or "llama.cpp gave no reason"
-            raise LoadFailed(f"{files.name}: no context of {settings.context} tokens: {reason}")
+        unpacked = UnpackedKv() if is_slow_to_read(lib, settings) else None
+        context = _new_context(lib, model, params, files, settings, unpacked)
+        if unpacked is not None and not unpacked.take_hold(context):
+            # Where it cannot be switched off, it would slow every step.
+            lib.llama_free(context)
+            unpacked = None
+            context = _new_context(lib, model, params, files, settings, None)
         stack.callback(lib.llama_free, context)
         memory = lib.llama_get_memory(context)
         if not memory:
@@ -100,8 +104,47 @@ def create_context(files: ModelFiles, settings: RuntimeSettings, progress: Progr
         is_safe = settings.kv_type_k not in QUANTIZED_KV or native_log.rotates_keys()
         can_shift = bool(lib.llama_memory_can_shift(memory)) and is_safe
         return NativeContext(
-            model, vocab, context, memory, flag, items, layout, sequences, can_shift, stack.pop_all()
+            model,
+            vocab,
+            context,
+            memory,
+            flag,
+            items,
+            layout,
+            sequences,
+            can_shift,
+            unpacked,
+            stack.pop_all(),
         )
+
+
+def is_slow_to_read(lib: Any, settings: RuntimeSettings) -> bool:
+    """Whether a step of many rows takes llama.cpp's slow way through this cache."""
+    on_gpu = settings.gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
+    return settings.flash_attention and not on_gpu and not is_read_in_tiles(settings)
+
+
+def _new_context(
+    lib: Any,
+    model: Any,
+    params: Any,
+    files: ModelFiles,
+    settings: RuntimeSettings,
+    unpacked: UnpackedKv | None,
+) -> Any:
+    callback_type = lib.ggml_backend_sched_eval_callback
+    if unpacked is None:
+        params.cb_eval, params.cb_eval_user_data = callback_type(), None
+    else:
+        params.cb_eval = ctypes.cast(unpacked.callback, callback_type)
+        params.cb_eval_user_data = unpacked.mark
+    # LLAMA_API struct llama_context * llama_init_from_model(struct llama_model * model,
+    #     struct llama_context_params params)
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        reason = native_log.reason() or "llama.cpp gave no reason"
+        raise LoadFailed(f"{files.name}: no context of {settings.context} tokens: {reason}")
+    return context
 
 
 def _load_model(

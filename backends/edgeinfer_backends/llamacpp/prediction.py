@@ -42,7 +42,9 @@ _MERGE = 117
 # llama_kv_cells: position, extension, shift and 256 owner bits (52); cells.py: a pointer (8).
 _CELL = 60
 _TILED_PRODUCT = 512 * 1024  # TILED_WS_SLOT of each thread (ggml-cpu/tiled)
-_ATTENTION_TILE = 64  # ggml_fa_tile_config::Q and ::KV (ggml-cpu/ops.cpp)
+# llama.cpp's flash attention takes its tiled kernel from this many rows on, and its tiles are as many
+# cells wide (ggml_fa_tile_config::Q and ::KV, ggml-cpu/ops.cpp).
+TILE = 64
 
 
 def sequence_handles(sequences: int) -> int:
@@ -55,6 +57,13 @@ def wants_private(settings: RuntimeSettings, *, has_window: bool, has_gpu: bool)
     if settings.kv_layout != "auto":
         return settings.kv_layout == "private"
     return settings.flash_attention and not has_window and not has_gpu
+
+
+def is_read_in_tiles(settings: RuntimeSettings) -> bool:
+    """Whether llama.cpp's tiled kernel takes the cache as it is: unquantized keys and values of one type
+    (ggml_compute_forward_flash_attn_ext_f16, ggml-cpu/ops.cpp)."""
+    one_type = settings.kv_type_k == settings.kv_type_v
+    return settings.flash_attention and one_type and settings.kv_type_k in ("f16", "f32")
 
 
 def num_cells(settings: RuntimeSettings, is_private: bool = False) -> int:
@@ -112,6 +121,8 @@ def predict_memory(
     items.append(MemoryItem("compute", at_home))
     items.append(MemoryItem("logits", num_logit_rows(settings) * config.vocab_size * _FLOAT))
     items.append(MemoryItem("work", _work_bytes(config, settings, seen)))
+    if not is_read_in_tiles(settings) and settings.flash_attention and on_gpu == 0:
+        items.append(MemoryItem("unpacked", _unpacked_bytes(config, seen)))
     tables = (
         config.vocab_size * _TOKEN + config.num_merges * _MERGE + _num_caches(config) * cells * _CELL
     )
@@ -166,6 +177,12 @@ def _kv_cache(
         else:
             home += cell * cells
     return [MemoryItem("kv cache", home), MemoryItem("kv cache", gpu, "gpu")]
+
+
+def _unpacked_bytes(config: ModelConfig, cells: int) -> int:
+    """The keys and values of a layer in f32, for as many cells as a row sees (unpacked_kv.py)."""
+    heads = max(config.num_kv_heads, default=0)
+    return heads * (config.head_dim_k + config.head_dim_v) * _FLOAT * cells
 
 
 def _num_caches(config: ModelConfig) -> int:
@@ -223,7 +240,7 @@ def _work_bytes(config: ModelConfig, settings: RuntimeSettings, cells: int) -> i
     if not settings.flash_attention:
         rows = max(rows, config.num_heads * cells * 2)
     rows *= settings.step_tokens
-    tile = _ATTENTION_TILE
+    tile = TILE
     dims = 2 * (config.head_dim_k + config.head_dim_v) * tile + 2 * tile * tile
     threads = max(settings.threads, settings.threads_batch, 1)
     return rows + threads * (_TILED_PRODUCT + dims * _FLOAT)

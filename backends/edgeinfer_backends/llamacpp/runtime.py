@@ -36,7 +36,8 @@ from edgeinfer.errors import (
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.llamacpp.cells import COMPACT_AT_LEAST, CellTable
 from edgeinfer_backends.llamacpp.library import build_description, library, native_log, version
-from edgeinfer_backends.llamacpp.native import ROPE_TYPE_MROPE, NativeContext
+from edgeinfer_backends.llamacpp.native import ROPE_TYPE_MROPE, NativeContext, is_slow_to_read
+from edgeinfer_backends.llamacpp.prediction import TILE, is_read_in_tiles
 from edgeinfer_backends.llamacpp.raw_bytes import address_of, overwrite, unfilled_bytes
 from edgeinfer_backends.llamacpp.samplers import LlamaSampler
 from edgeinfer_backends.llamacpp.stream_table import StreamTable
@@ -48,10 +49,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgeinfer.backend import Logits
-
-# llama.cpp's flash attention takes its tiled kernel from this many rows on, and its tiles are as many
-# cells wide (ggml_fa_tile_config::Q and ::KV, ggml-cpu/ops.cpp, 0.3.36).
-TILE = 64
 
 _FIRST_ROW = [0]
 _ONE_ROW = StepResult((0,), (1,))
@@ -93,13 +90,7 @@ class LlamaCppRuntime(Runtime):
         self._vocab_size = self._tokenizer.vocab_size
         self._max_sequences = sequences
         self._scratch, self._grave, self._guard = sequences, sequences + 1, sequences + 2
-        # The tiled kernel takes unquantized K and V of one type
-        # (ggml_compute_forward_flash_attn_ext_f16, ggml-cpu/ops.cpp, 0.3.36).
-        self._is_tiled = (
-            settings.flash_attention
-            and settings.kv_type_k == settings.kv_type_v
-            and settings.kv_type_k in ("f16", "f32")
-        )
+        self._unpacked = native.unpacked
         self._filler = b""  # one cell's state, to fill cells with
         self._window: int = max(0, lib.llama_model_n_swa(native.model))
         self._rope_type: int = lib.llama_model_rope_type(native.model)
@@ -125,9 +116,19 @@ class LlamaCppRuntime(Runtime):
         self._embedding_size: int = lib.llama_model_n_embd_out(native.model)
         try:
             cell_bytes = self._warm_up()
+            unpacked_bytes = self._reserve_unpacked()
         except BaseException:
             self.close()
             raise
+        self._is_tiled = is_read_in_tiles(settings) or unpacked_bytes > 0
+        warnings = []
+        if unpacked_bytes:
+            native.items.append(MemoryItem("unpacked", unpacked_bytes))
+        elif is_slow_to_read(lib, settings):
+            warnings.append(
+                f"a prompt is read slowly over a KV cache of {settings.kv_type_k}/{settings.kv_type_v}"
+                " with this build of llama.cpp; --kv-type f16 is several times faster"
+            )
         self._default_threads = (
             lib.llama_n_threads(self._ctx),
             lib.llama_n_threads_batch(self._ctx),
@@ -160,6 +161,7 @@ class LlamaCppRuntime(Runtime):
                 abort=True,
                 quantize_rows=True,
             ),
+            warnings=tuple(warnings),
         )
 
     def _make_table(self, cells: int) -> CellTable | StreamTable:
@@ -348,9 +350,12 @@ class LlamaCppRuntime(Runtime):
 
     def _decode(self, num_tokens: int) -> int:
         self._batch.n_tokens = num_tokens
+        if self._unpacked is not None and num_tokens >= TILE:
+            with self._unpacked:
+                code: int = self._lib.llama_decode(self._ctx, self._batch)
+            return code
         # LLAMA_API int32_t llama_decode(struct llama_context * ctx, struct llama_batch batch)
-        code: int = self._lib.llama_decode(self._ctx, self._batch)
-        return code
+        return int(self._lib.llama_decode(self._ctx, self._batch))
 
     def abort(self) -> None:
         with self._abort_lock:
@@ -822,6 +827,25 @@ class LlamaCppRuntime(Runtime):
         # position, owner count and owner; M-RoPE models also keep an extension of three integers
         head = caches * (12 if self._rope_type < ROPE_TYPE_MROPE else 24)
         return max(1, int(sizes[1] - sizes[0]) - head)
+
+    def _reserve_unpacked(self) -> int:
+        """Bytes that large steps unpack keys and values into; 0 where they do not."""
+        if self._unpacked is None:
+            return 0
+        native = 0 if self._layout == "private" else self._scratch
+        for index in range(min(TILE, self._step_tokens)):
+            self._put_dummy(index, native, index)
+        # It is enough that the graph is built: the step ends behind its first operation.
+        self._native.abort_flag[0] = b"\1"
+        try:
+            code = self._decode(TILE) if self._step_tokens >= TILE else 0
+        finally:
+            self._native.abort_flag[0] = b"\0"
+        self._lib.llama_memory_clear(self._memory, False)
+        size = self._unpacked.reserve(self._table.most) if code == 2 else 0
+        if not size:
+            self._unpacked = None
+        return size
 
     # -- arguments -------------------------------------------------------------------------------
 
