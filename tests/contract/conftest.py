@@ -11,7 +11,7 @@ import pytest
 
 from edgeinfer.errors import BackendUnavailable
 from tests.contract.checked_runtime import CheckedRuntime
-from tests.contract.runtimes import RUNTIMES, SETTINGS, RuntimeFactory
+from tests.contract.runtimes import RUNTIMES, RuntimeFactory
 
 
 @pytest.fixture(scope="session", params=RUNTIMES, ids=lambda factory: factory.name)
@@ -39,7 +39,7 @@ def load(factory: RuntimeFactory, model_folder: Path) -> Iterator[Callable[..., 
     loaded: list[CheckedRuntime] = []
 
     def load_one(**settings: Any) -> CheckedRuntime:
-        loaded.append(factory.load(model_folder, replace(SETTINGS, **settings)))
+        loaded.append(factory.load(model_folder, replace(factory.settings, **settings)))
         return loaded[-1]
 
     yield load_one

@@ -29,6 +29,12 @@ class RuntimeFactory:
     make_files: Callable[[Path], ModelFiles]
     kv_layout: Literal["auto", "shared", "private"] = "auto"
     least_sequences: int = 1  # where there are as many handles as sequences
+    kv_type: str = "f16"
+
+    @property
+    def settings(self) -> RuntimeSettings:
+        """Those of a test that asks for no others."""
+        return replace(SETTINGS, kv_type_k=self.kv_type, kv_type_v=self.kv_type)
 
     def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
         files = self.make_files(folder)
@@ -60,6 +66,23 @@ def _tiny_gguf(folder: Path) -> ModelFiles:
     return ModelFiles(name="tiny", paths=(path,), format="gguf")
 
 
+def _rotated_gguf(folder: Path) -> ModelFiles:
+    """Heads of whole 64s: llama.cpp rotates quantized keys and values, and can shift them."""
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    path = folder / "rotated.gguf"
+    if not path.exists():
+        write_tiny_gguf(path, weight_type="Q4_0", hidden=128, head_dim=64)
+    return ModelFiles(name="rotated", paths=(path,), format="gguf")
+
+
+def _llamacpp(name: str, layout: Literal["shared", "private"], kv_type: str) -> RuntimeFactory:
+    sequences = 8 if layout == "private" else 1
+    return RuntimeFactory(
+        name, lambda: get_backend("llamacpp"), _rotated_gguf, layout, sequences, kv_type
+    )
+
+
 def _scripted(script: Script) -> RuntimeFactory:
     name = "scripted" if script.kv_layout == "shared" else f"scripted-{script.kv_layout}"
     return RuntimeFactory(name, lambda: ScriptedBackend(script), lambda folder: SCRIPTED_FILES)
@@ -85,6 +108,8 @@ RUNTIMES = (
     _scripted(Script(kv_layout="private")),
     RuntimeFactory("llamacpp", lambda: get_backend("llamacpp"), _tiny_gguf, "shared"),
     RuntimeFactory("llamacpp-private", lambda: get_backend("llamacpp"), _tiny_gguf, "private", 8),
+    _llamacpp("llamacpp-q4_0", "shared", "q4_0"),
+    _llamacpp("llamacpp-private-q8_0", "private", "q8_0"),
     _mlx("llama"),
     _mlx("qwen3"),
 )

@@ -26,7 +26,7 @@ from tests.contract.driving import (
     some_tokens,
     unchanged,
 )
-from tests.contract.runtimes import SETTINGS, RuntimeFactory
+from tests.contract.runtimes import RuntimeFactory
 
 Load = Callable[..., CheckedRuntime]
 
@@ -73,12 +73,13 @@ def test_memory_items_are_positive_and_the_kv_cache_adds_up(runtime: CheckedRunt
     items = runtime.memory()
     assert all(item.num_bytes > 0 and item.name and item.device for item in items)
     (kv,) = [item for item in items if item.name == "kv cache"]
-    assert kv.num_bytes >= runtime.facts.cells * runtime.facts.kv_bytes_per_token
+    rounding = 10 * 1024  # llama.cpp tells hundredths of MiB
+    assert kv.num_bytes + rounding > runtime.facts.cells * runtime.facts.kv_bytes_per_token
     assert any(item.name == "weights" for item in items)
 
 
 def test_memory_is_predicted_without_loading(factory: RuntimeFactory, model_folder: Path) -> None:
-    settings = SETTINGS
+    settings = factory.settings
     items = factory.predict(model_folder, settings)
     assert all(item.num_bytes > 0 and item.name and item.device for item in items)
     assert {"weights", "kv cache", "compute", "process"} <= {item.name for item in items}
@@ -94,7 +95,7 @@ def test_memory_is_predicted_without_loading(factory: RuntimeFactory, model_fold
 def test_what_was_allocated_was_predicted(
     load: Load, factory: RuntimeFactory, model_folder: Path
 ) -> None:
-    predicted = factory.predict(model_folder, SETTINGS)
+    predicted = factory.predict(model_folder, factory.settings)
     for real in load().memory():
         same = [
             i for i in predicted if (i.name, i.device, i.form) == (real.name, real.device, real.form)

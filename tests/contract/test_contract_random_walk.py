@@ -29,9 +29,7 @@ from edgeinfer.backend import SequenceStep, Step
 from edgeinfer.errors import OutOfCells, SharedCells
 from tests.contract.checked_runtime import CheckedRuntime
 from tests.contract.driving import is_same, probe, restored, snapshots, some_tokens
-from tests.contract.runtimes import SETTINGS, RuntimeFactory
-
-WALK_SETTINGS = replace(SETTINGS, context=512, sequences=2, step_tokens=256)
+from tests.contract.runtimes import RuntimeFactory
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,8 @@ def make_walk(runtime: CheckedRuntime) -> type[RuleBasedStateMachine]:
 def test_a_random_walk_over_the_kv_cache_keeps_every_history(
     factory: RuntimeFactory, model_folder: Path
 ) -> None:
-    runtime = factory.load(model_folder, WALK_SETTINGS)
+    walked = replace(factory.settings, context=512, sequences=2, step_tokens=256)
+    runtime = factory.load(model_folder, walked)
     try:
         run_state_machine_as_test(
             make_walk(runtime),

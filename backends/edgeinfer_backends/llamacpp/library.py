@@ -27,7 +27,11 @@ log = logging.getLogger("edgeinfer.llamacpp")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUATION = 5
 # Said of every step that `abort` ended: GGML_STATUS_ABORTED = 1 (llama-context.cpp, 0.3.36)
-_ABORTED = ("graph_compute_async failed with error 1", "failed to compute graph, compute status: 1")
+_ABORTED = (
+    "graph_compute_async failed with error 1",
+    "failed to compute graph, compute status: 1",
+    "failed to decode, ret = 2",
+)
 
 _device_kinds: dict[int, Any] = {0: "cpu", 1: "gpu", 2: "gpu", 3: "npu"}  # enum ggml_backend_dev_type
 
