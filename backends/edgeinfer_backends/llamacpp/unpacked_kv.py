@@ -9,8 +9,8 @@ so snapshots, forks, shifts and small steps are those of llama.cpp, and so are t
 attention over the same quantized keys and values, with queries that are not rounded.
 
 llama.cpp asks `cb_eval` about each node of a graph that it has built, before any is computed: there the
-graph is changed. A callback into Python for each of some 900 nodes would be felt in a small step, so it is
-set for the steps that gain by it and unset for the others, in the context's own parameters
+graph is changed. A callback into Python for each of some 900 nodes would be felt in a small step, so it
+is set for the steps that gain by it and unset for the others, in the context's own parameters
 (llama_context::get_cparams). All that is taken for granted about llama.cpp's memory is checked when a
 model is loaded; where anything is otherwise, the runtime says that prefill is slow.
 """
