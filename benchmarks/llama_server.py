@@ -31,7 +31,7 @@ class LlamaServer:
 
     threads: None leaves them to the server. context: tokens of each of the `slots`. unified: one KV
     cache for all slots; left to itself, the server has one for each. cache_prompts: as it does by
-    itself. program: default the peer built by `benchmarks.peers`.
+    itself. program: default the peer built by `benchmarks.peers`. more: options of its own.
     `__enter__` returns when it is healthy and raises PeerError if that takes more than `start_s`.
     """
 
@@ -48,6 +48,7 @@ class LlamaServer:
         unified: bool = False,
         cache_prompts: bool = False,
         program: Path | None = None,
+        more: Sequence[str] = (),
         start_s: float = 120.0,
         answer_s: float = 600.0,
     ) -> None:
@@ -62,6 +63,7 @@ class LlamaServer:
             "--kv-unified" if unified else "--no-kv-unified",
             *([] if cache_prompts else _NO_CACHE),
             *("--threads-http", str(slots + 2), "--no-webui", "--offline"),
+            *more,
         ]
         self._start_s = start_s
         self._answer_s = answer_s

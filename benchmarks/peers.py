@@ -65,6 +65,15 @@ def build(programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
     return {name: folder / "bin" / name for name in programs}
 
 
+def source_package() -> Path:
+    """llama-cpp-python's source package, unpacked, for its examples. Raises PeerError."""
+    version = importlib.metadata.version(PACKAGE)
+    folder = cache_folder() / "peers" / gather(version, check_accel(_installed_accel())).key()
+    with exclusive(folder.with_suffix(".lock"), lambda: _say("waiting for another build to end")):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _source(folder, version)
+
+
 def _build(folder: Path, version: str, accel: str, programs: Sequence[str]) -> None:
     """Configure and build; a program counts as built only when its marker was written after it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,8 @@ class RuntimeFacts:
     threads: int
     threads_batch: int
     can: Capabilities = field(default_factory=Capabilities)
+    # Prompts take a slower way than another type's would, and the warnings say so.
+    reads_slowly: bool = False
     warnings: tuple[str, ...] = ()  # what was asked for and not had, one line each
 
 
@@ -318,6 +320,15 @@ class Runtime(ABC):
         """Free everything. Idempotent."""
 
 
+@dataclass(frozen=True)
+class KvSpeed:
+    """How fast attention is over a KV cache of one type, as a multiple of its speed over f16: with one
+    row of a sequence in a step (decode), and with many (prefill)."""
+
+    decode: float
+    prefill: float
+
+
 class Drafter(Protocol):
     """Guesses the next tokens (lookup, exit, or another model). Optional capability `draft`."""
 
@@ -348,6 +359,14 @@ class Backend(ABC):
         config: None for a script. devices: those the backend may use; without a GPU all is on the
         processor. gpu_layers -1 means all of them here.
         """
+
+    def measure_kv_speed(
+        self, config: ModelConfig, settings: RuntimeSettings, kv_type: str
+    ) -> KvSpeed | None:
+        """Measured here and now, in a second or two, for a model of this shape: nothing is loaded. None
+        where it cannot be, or where the type has a drawback here that is no matter of speed (it cannot
+        be evicted from, say)."""
+        return None
 
     @abstractmethod
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:

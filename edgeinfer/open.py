@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
 
 DEFAULT_CONTEXT = 4096
+AUTO = "auto"
 MIN_CONTEXT = 32
 MAX_CONTEXT = 2**24
 MAX_SEQUENCES = 64
@@ -45,8 +46,8 @@ class OpenOptions:
     context: int | None = None
     threads: int | None = None
     threads_batch: int | None = None
-    kv_type_k: str = "f16"
-    kv_type_v: str = "f16"
+    kv_type_k: str = AUTO  # beside a type that was asked for: f16
+    kv_type_v: str = AUTO
     flash_attention: bool = True
     gpu_layers: int | None = None
     sequences: int = 1
@@ -131,12 +132,14 @@ def plan_open(
         automatic=Automatic(
             context=options.context is None and options.window is None,
             gpu_layers=options.gpu_layers is None,
+            kv_type=options.kv_type_k == options.kv_type_v == AUTO,
         ),
         cache_disk_bytes=options.cache_disk_bytes,
         cache_folder=str(prompts_folder(options.cache_dir)),
         window=options.window,
         sinks=options.sinks,
-        costs_folder="" if options.threads or options.threads_batch else str(costs_folder()),
+        costs_folder=str(costs_folder()),
+        tunes_threads=not (options.threads or options.threads_batch),
     )
     return OpenPlan(resolved.files.name, resolved.spec, command, resolved.template, tuple(warnings))
 
@@ -148,8 +151,8 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
     settings = RuntimeSettings(
         context=options.context or options.window or DEFAULT_CONTEXT,
         sequences=options.sequences,
-        kv_type_k=options.kv_type_k,
-        kv_type_v=options.kv_type_v,
+        kv_type_k=_kv_type(options.kv_type_k),
+        kv_type_v=_kv_type(options.kv_type_v),
     )
     command = LoadCommand(
         "scripted",
@@ -194,14 +197,19 @@ def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
         context=context,
         sequences=options.sequences,
         logit_rows=max(LOGIT_ROWS, options.sequences),
-        kv_type_k=options.kv_type_k,
-        kv_type_v=options.kv_type_v,
+        kv_type_k=_kv_type(options.kv_type_k),
+        kv_type_v=_kv_type(options.kv_type_v),
         flash_attention=options.flash_attention,
         threads=options.threads or decode,
         threads_batch=options.threads_batch or options.threads or prefill,
         gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
         mmap=options.mmap,
     )
+
+
+def _kv_type(name: str) -> str:
+    """Until it is chosen: the one that needs no choice."""
+    return "f16" if name == AUTO else name
 
 
 def _choose_backend(wanted: str, model_format: str) -> str:

@@ -34,7 +34,9 @@ print(json.dumps([ask(text) for text in json.load(sys.stdin)]))
 
 def measure(bar: Bar) -> None:
     model = gemma()
-    with LocalClient(OpenOptions(model=str(model), context=CONTEXT)) as client:
+    with LocalClient(
+        OpenOptions(model=str(model), kv_type_k="f16", kv_type_v="f16", context=CONTEXT)
+    ) as client:
         info = client.load()
         bar.say(
             f"  {info.name}: loaded in {info.load_s:.1f} s, {info.kv_bytes_per_token} KV bytes a token"

@@ -20,7 +20,12 @@ def measure(bar: Bar) -> None:
 
     model = bar.options.model or str(starter_q4_0())
     options = OpenOptions(
-        model=model, context=2048, sequences=bar.options.sequences, threads=bar.options.threads
+        model=model,
+        kv_type_k="f16",
+        kv_type_v="f16",
+        context=2048,
+        sequences=bar.options.sequences,
+        threads=bar.options.threads,
     )
 
     def side(name: str, client: Client) -> Side:

@@ -24,7 +24,7 @@ def measure(bar: Bar) -> None:
     head = "round", "prompt", "second prompt", "cached", "to prefill", "new", "TTFT 1", "TTFT 2", "ratio"
     rows: list[tuple[str, ...]] = [head]
     ratios, excess = [], []
-    with LocalClient(OpenOptions(model=model, context=4096)) as client:
+    with LocalClient(OpenOptions(model=model, kv_type_k="f16", kv_type_v="f16", context=4096)) as client:
         client.load()
         for number in range(1, bar.options.rounds + 1):
             chat = long_chat(client, CHAT_TOKENS, number, "Tell me about the river.")

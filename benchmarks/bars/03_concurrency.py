@@ -146,6 +146,8 @@ def _client(model: Path, threads: int, streams: int, context: int) -> LocalClien
     return LocalClient(
         OpenOptions(
             model=str(model),
+            kv_type_k="f16",
+            kv_type_v="f16",
             context=context,
             threads=threads,
             threads_batch=threads,

@@ -285,6 +285,8 @@ def _client(model: Path, sequences: int, context: int, threads: int | None) -> L
     return LocalClient(
         OpenOptions(
             model=str(model),
+            kv_type_k="f16",
+            kv_type_v="f16",
             context=context,
             threads=threads,
             threads_batch=threads,

@@ -33,7 +33,7 @@ HEADS = (*ITEMS, "predicted", "peak")
 class Case:
     what: str
     find: Callable[[], Path]
-    options: OpenOptions = OpenOptions(gpu_layers=0)  # noqa: RUF009 (frozen)
+    options: OpenOptions = OpenOptions(gpu_layers=0, kv_type_k="f16", kv_type_v="f16")  # noqa: RUF009 (frozen)
 
     @property
     def name(self) -> str:

@@ -107,6 +107,8 @@ def open_and_ask(
     decode, prefill = default_threads()
     options = OpenOptions(
         model=str(model),
+        kv_type_k="f16",
+        kv_type_v="f16",
         context=1024,
         threads=None if automatic else decode,
         threads_batch=None if automatic else prefill,

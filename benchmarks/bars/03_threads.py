@@ -87,7 +87,13 @@ def measure(bar: Bar) -> None:
         for name in names:
             threads = None if name == AUTO else int(name)
             options = OpenOptions(
-                model=str(model), context=CONTEXT, threads=threads, threads_batch=threads, cache_bytes=0
+                model=str(model),
+                kv_type_k="f16",
+                kv_type_v="f16",
+                context=CONTEXT,
+                threads=threads,
+                threads_batch=threads,
+                cache_bytes=0,
             )
             client = stack.enter_context(LocalClient(options))
             sides[name] = our_turn(client)

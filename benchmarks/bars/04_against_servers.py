@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.alternate import Comparison, Side, alternate
 from benchmarks.endpoint import EndpointProcess
-from benchmarks.llama_cpp_server import LlamaCppServer
+from benchmarks.llama_cpp_server import llama_cpp_server
 from benchmarks.llama_server import LlamaServer
 from benchmarks.model_files import starter_q4_0
 from benchmarks.openai_stream import Pieces, read_all, read_completion
@@ -130,6 +130,7 @@ def beside_a_long_prompt(url: str, texts: Texts, long_words: int) -> dict[str, f
 @contextlib.contextmanager
 def ours(model: Path, threads: int, slots: int) -> Iterator[str]:
     arguments = [str(model), "--threads", str(threads), "--parallel", str(slots), "--ctx", str(CONTEXT)]
+    arguments += ["--kv-type", "f16"]  # as the others have it
     with EndpointProcess(arguments) as endpoint:
         yield endpoint.url
 
@@ -223,7 +224,7 @@ def long_words(url: str) -> int:
 def against_llama_cpp_server(bar: Bar, model: Path, threads: int) -> None:
     with (
         ours(model, threads, CLIENTS) as url,
-        LlamaCppServer(model, threads=threads, context=CONTEXT) as peer,
+        llama_cpp_server(model, threads=threads, context=CONTEXT) as peer,
     ):
         turns = [partial(shared, each, Texts(5)) for each in (url, peer.url)]
         (total,) = compare(

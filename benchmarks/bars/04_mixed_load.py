@@ -230,6 +230,7 @@ def measure(bar: Bar) -> None:
     model: Path = options.model or starter_q4_0()
     seconds = 60.0 * options.minutes
     serve = [str(model), "--threads", "1", "--parallel", "8", "--ctx", "2048", "--cache-ram", "0"]
+    serve += ["--kv-type", "f16"]
     with EndpointProcess(serve) as endpoint:
         expected: dict[str, str] = {}
         load = Load(endpoint.url, expected)

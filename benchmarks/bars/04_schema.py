@@ -102,7 +102,13 @@ def measure(bar: Bar) -> None:
     model = o.model or starter_q4_0()
     examples: list[str] = []
     with own_cache_folder():
-        options = OpenOptions(model=str(model), context=CONTEXT + o.max_tokens, sequences=AT_ONCE)
+        options = OpenOptions(
+            model=str(model),
+            kv_type_k="f16",
+            kv_type_v="f16",
+            context=CONTEXT + o.max_tokens,
+            sequences=AT_ONCE,
+        )
         with LocalClient(options) as client, ThreadPoolExecutor(AT_ONCE) as asking:
             client.load()
             answered = asking.map(lambda job: (job[0], ask(client, job[0], job[1], o.max_tokens)), jobs)

@@ -27,7 +27,12 @@ QUESTION = "This is question {n} about the sea. " + "The tide goes out, and come
 def measure(bar: Bar) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = OpenOptions(
-            model=str(starter()), context=8192, cache_disk_bytes=2**33, cache_dir=folder
+            model=str(starter()),
+            kv_type_k="f16",
+            kv_type_v="f16",
+            context=8192,
+            cache_disk_bytes=2**33,
+            cache_dir=folder,
         )
         messages: list[Message] = []
         seen: dict[str, int] = {}

@@ -12,45 +12,18 @@ import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.alternate import Side, alternate, table
+from benchmarks.kv_types import CONTEXT, LEAST_DECODE, LEAST_PREFILL, THREADS, loaded, side
 from benchmarks.model_files import starter_f16, starter_q4_0
 from benchmarks.peers import PeerError, peer
 from benchmarks.verdict import Bar, run_bar
-from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
 from edgeinfer.measure.quality import CHUNK, agreement
-from edgeinfer.measure.streams import Prompts
 from edgeinfer.measure.texts import measured_text
-from edgeinfer.registry import get_backend
-from edgeinfer_models.model_files import ModelFiles
 
-CONTEXT, DECODE, THREADS = 2000, 64, 2
-MOST_MEMORY, MOST_KL, LEAST_DECODE, LEAST_PREFILL = 0.535, 0.002, 0.9, 0.8
+MOST_MEMORY, MOST_KL = 0.535, 0.002
 OTHERS = ("bf16", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-
-
-@contextmanager
-def loaded(path: Path, kv_type: str, logit_rows: int = CHUNK) -> Iterator[Runtime]:
-    settings = RuntimeSettings(
-        context=2304,
-        sequences=1,
-        logit_rows=logit_rows,
-        kv_type_k=kv_type,
-        kv_type_v=kv_type,
-        threads=THREADS,
-        threads_batch=THREADS,
-        gpu_layers=0,
-    )
-    files = ModelFiles(path.stem, (path,), "gguf")
-    runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
-    try:
-        yield runtime
-    finally:
-        runtime.close()
 
 
 def quality(bar: Bar, path: Path, kinds: tuple[str, ...]) -> dict[str, float]:
@@ -71,28 +44,6 @@ def quality(bar: Bar, path: Path, kinds: tuple[str, ...]) -> dict[str, float]:
     bar.say(f"\n{path.stem}, {CONTEXT} tokens of text\n{table(rows)}")
     bar.details[f"quality, {path.stem}"] = rows
     return found
-
-
-def side(name: str, runtime: Runtime) -> Side:
-    prompts = Prompts(runtime.facts.vocab_size)
-
-    def measure() -> dict[str, float]:
-        tokens = prompts.draw(CONTEXT + DECODE)
-        sequence = runtime.open()
-        begin = time.perf_counter()
-        for start in range(0, CONTEXT, 500):
-            runtime.forward(Step([SequenceStep(sequence, tokens[start : start + 500])]))
-        middle = time.perf_counter()
-        for token in tokens[CONTEXT:]:
-            runtime.forward(Step([SequenceStep(sequence, [token])]))
-        end = time.perf_counter()
-        runtime.free(sequence)
-        return {
-            f"prefill {CONTEXT}, tok/s": CONTEXT / (middle - begin),
-            f"decode {DECODE} at {CONTEXT}, tok/s": DECODE / (end - middle),
-        }
-
-    return Side(name, measure)
 
 
 def plain(path: Path, kv_type: str) -> dict[str, float]:

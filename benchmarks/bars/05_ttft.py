@@ -30,6 +30,8 @@ def measure(bar: Bar) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = OpenOptions(
             model=bar.options.model or str(starter()),
+            kv_type_k="f16",
+            kv_type_v="f16",
             context=4096,
             cache_bytes=2**30,
             cache_disk_bytes=2**32,

@@ -42,7 +42,7 @@ def bench(
     ctx: options.BenchCtx = None,
     threads: options.Threads = "auto",
     gpu_layers: options.GpuLayers = "auto",
-    kv_type: options.KvType = "f16",
+    kv_type: options.KvType = "auto",
     kv_type_k: options.KvTypeK = None,
     kv_type_v: options.KvTypeV = None,
     quiet: options.Quiet = False,

@@ -137,7 +137,7 @@ def warm_command(
     ctx: options.Ctx = None,
     threads: options.Threads = "auto",
     gpu_layers: options.GpuLayers = "auto",
-    kv_type: options.KvType = "f16",
+    kv_type: options.KvType = "auto",
     kv_type_k: options.KvTypeK = None,
     kv_type_v: options.KvTypeV = None,
     cache_disk: options.CacheDisk = "4G",

@@ -35,7 +35,7 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Measure what a quantized KV cache or a window costs in quality."""
-    from edgeinfer.cli.opening import KV_TYPES, open_options, puller
+    from edgeinfer.cli.opening import open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.measure.eval_report import check_eval_picture
     from edgeinfer.measure.evaluation import (
@@ -48,6 +48,7 @@ def evaluate(
     )
     from edgeinfer.measure.texts import measured_text
     from edgeinfer.open import plan_open
+    from edgeinfer_models.ggml_types import KV_TYPES
 
     chosen = next((name for name in SUITES if name == suite), None)
     if chosen is None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="What models are here, and getting more.")
 
-KV_TYPES_SHOWN = ("f16", "q8_0", "q4_0")
-
 
 @app.command("list", cls=Command)
 def list_command(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
@@ -277,6 +275,8 @@ def pull_progress() -> Iterator[ProgressCallback]:
 
 
 def _facts(model: ResolvedModel) -> dict[str, Any]:
+    from edgeinfer_models.ggml_types import KV_TYPES
+
     config = model.config
     return {
         "name": model.files.name,
@@ -294,7 +294,7 @@ def _facts(model: ResolvedModel) -> dict[str, Any]:
         "experts_used": config.num_experts_used,
         "context_trained": config.context_trained,
         "sliding_window": config.sliding_window,
-        "kv_bytes_per_token": {kind: config.kv_bytes_per_token(kind, kind) for kind in KV_TYPES_SHOWN},
+        "kv_bytes_per_token": {kind: config.kv_bytes_per_token(kind, kind) for kind in KV_TYPES},
         "template": {"origin": model.template.origin, "name": model.template.name},
         "licence": config.licence or (model.installed.manifest.licence if model.installed else ""),
         "files": [str(path) for path in model.files.paths],

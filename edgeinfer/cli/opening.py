@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer.cli.options import parse_count, parse_size
 from edgeinfer.errors import UsageError
+from edgeinfer_models.ggml_types import KV_TYPES as _KV_TYPES
 
 if TYPE_CHECKING:
     import typer
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from edgeinfer.open import OpenOptions
 
 OVERFLOWS: tuple[Overflow, ...] = ("stream", "stop", "error")
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+KV_TYPES = ("auto", *_KV_TYPES)
 
 
 def open_options(

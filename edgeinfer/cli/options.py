@@ -121,7 +121,8 @@ KvType = Annotated[
     str,
     _option(
         "kv-type",
-        "Type of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.",
+        "Type of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl; or auto: q8_0"
+        " where it makes answers faster here, or f16 does not fit, and costs next to nothing; else f16.",
         "TYPE",
         _MODEL,
     ),

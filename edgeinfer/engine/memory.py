@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeinfer.backend import Backend, Device, MemoryItem, Runtime, RuntimeSettings
+from edgeinfer.backend import Backend, Device, MemoryItem, Progress, Runtime, RuntimeSettings
+from edgeinfer.engine.kv_choice import preferred_kv_types
 from edgeinfer.machine.ledger import (
     Automatic,
     Fit,
@@ -38,6 +40,28 @@ class MemoryReport:
     resident_bytes: int
 
 
+def load_fitted(
+    backend: Backend,
+    files: ModelFiles,
+    config: ModelConfig | None,
+    settings: RuntimeSettings,
+    cache_bytes: int,
+    automatic: Automatic,
+    progress: Progress,
+    folder: Path | None = None,
+) -> tuple[Fit, Runtime]:
+    """Load a model as it fits; arguments and errors as those of `fit_here` and `Backend.load`."""
+    fit = fit_here(backend, files, config, settings, cache_bytes, automatic, folder)
+    runtime = backend.load(files, fit.settings, progress)
+    if automatic.kv_type and runtime.facts.reads_slowly:
+        # Of this model's graph it is only seen now; it is not what the type was chosen for.
+        runtime.close()
+        asked = replace(automatic, kv_type=False)
+        fit = fit_here(backend, files, config, settings, cache_bytes, asked, folder)
+        runtime = backend.load(files, fit.settings, progress)
+    return fit, runtime
+
+
 def fit_here(
     backend: Backend,
     files: ModelFiles,
@@ -45,8 +69,9 @@ def fit_here(
     settings: RuntimeSettings,
     cache_bytes: int,
     automatic: Automatic,
+    folder: Path | None = None,
 ) -> Fit:
-    """Raises ModelTooLarge."""
+    """folder: of what was measured of this machine. Raises ModelTooLarge."""
     found = backend.probe()  # one that is not usable says so when it is to load
     devices = found.devices if settings.gpu_layers != 0 else ()
 
@@ -54,7 +79,9 @@ def fit_here(
         return backend.predict_memory(files, config, tried, devices)
 
     layers = config.num_layers if config is not None else 0
-    return fit_model(files.name, predict, settings, cache_bytes, room_here(devices), automatic, layers)
+    kinds = preferred_kv_types(backend, config, settings, folder) if automatic.kv_type else ()
+    room = room_here(devices)
+    return fit_model(files.name, predict, settings, cache_bytes, room, automatic, layers, kinds)
 
 
 def room_here(devices: tuple[Device, ...]) -> Room:

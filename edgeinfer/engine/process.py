@@ -53,7 +53,8 @@ class LoadCommand:
     sinks: int = DEFAULT_SINKS
     cache_disk_bytes: int = 0
     cache_folder: str = ""  # of the prompt cache on disk
-    costs_folder: str = ""  # of measured step costs, by which threads are chosen; "": they are fixed
+    costs_folder: str = ""  # of what was measured of this machine; "": nothing is
+    tunes_threads: bool = True  # by measured step costs
 
 
 class EngineProcess:
@@ -146,6 +147,7 @@ class EngineProcess:
                 "window": command.window,
                 "sinks": command.sinks,
                 "costs_folder": command.costs_folder,
+                "tunes_threads": command.tunes_threads,
             }
         )
         reply = self._replies.get()

@@ -33,7 +33,7 @@ from edgeinfer.engine.disk_cache import DiskCache
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
-from edgeinfer.engine.memory import fit_here, report_memory
+from edgeinfer.engine.memory import load_fitted, report_memory
 from edgeinfer.engine.request import Ended, Queued, RunStats, Started
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.window import Window
@@ -190,16 +190,17 @@ class Worker:
         settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
         config = None if command["config"] is None else config_from_wire(command["config"])
         try:
-            backend = get_backend(command["backend"])
-            fit = fit_here(
-                backend,
+            folder = Path(command["costs_folder"]) if command["costs_folder"] else None
+            fit, runtime = load_fitted(
+                get_backend(command["backend"]),
                 files,
                 config,
                 RuntimeSettings(**settings),
                 command["cache_bytes"],
                 Automatic(**command["automatic"]),
+                progress,
+                folder,
             )
-            runtime = backend.load(files, fit.settings, progress)
             if self._load_cancelled:
                 runtime.close()
                 raise LoadFailed(f"loading {files.name} was cancelled")
@@ -211,8 +212,7 @@ class Worker:
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
         tuner: Tuner | None = None
-        if command["costs_folder"] and runtime.facts.can.threads:
-            folder = Path(command["costs_folder"])
+        if folder is not None and command["tunes_threads"] and runtime.facts.can.threads:
             options = {"gpu_layers": str(fit.settings.gpu_layers)}
             self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin, options)
             self._costs.measure_first()

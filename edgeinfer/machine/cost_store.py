@@ -1,4 +1,4 @@
-"""Measured step costs on disk, one small file for each machine, model, build and set of options.
+"""What was measured, on disk: one small file for each machine, model, build and set of options.
 
 A file names all that it was measured under, and is used only where every word of that still holds: its
 name is a digest, but the words inside are compared. Damaged and foreign files are skipped, and replaced.
@@ -40,7 +40,20 @@ def costs_path(folder: Path, conditions: Mapping[str, str]) -> Path:
 
 
 def load_costs(folder: Path, conditions: Mapping[str, str]) -> StepCosts | None:
-    """What was measured under exactly these conditions; None if nothing was or it cannot be trusted."""
+    """Step costs under exactly these conditions; None if there are none or they cannot be trusted."""
+    try:
+        return StepCosts.from_json(load_measured(folder, conditions))
+    except ValueError:
+        return None
+
+
+def save_costs(folder: Path, conditions: Mapping[str, str], costs: StepCosts) -> bool:
+    return save_measured(folder, conditions, costs.as_json())
+
+
+def load_measured(folder: Path, conditions: Mapping[str, str]) -> Any:
+    """The JSON value that was kept under exactly these conditions; None if there is none. It is to be
+    looked at before it is used: others may have written the file."""
     path = costs_path(folder, conditions)
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -50,15 +63,15 @@ def load_costs(folder: Path, conditions: Mapping[str, str]) -> StepCosts | None:
             return None
         if data.get("conditions") != dict(conditions):
             return None
-        return StepCosts.from_json(data.get("costs"))
+        return data.get("costs")
     except (OSError, ValueError, RecursionError):  # not there, or not ours
         return None
 
 
-def save_costs(folder: Path, conditions: Mapping[str, str], costs: StepCosts) -> bool:
+def save_measured(folder: Path, conditions: Mapping[str, str], value: Any) -> bool:
     """Replace the file in one move; False where it cannot be written (it will be measured again)."""
     path = costs_path(folder, conditions)
-    data = {"format": FORMAT, "conditions": dict(conditions), "costs": costs.as_json()}
+    data = {"format": FORMAT, "conditions": dict(conditions), "costs": value}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=folder, suffix=".part")

@@ -87,6 +87,9 @@ class Room:
     gpu_bytes: int | None = None
     pressure: str = ""
 
+    def __str__(self) -> str:
+        return f"{shown_bytes(self.free_bytes)} memory is free{self.pressure and f' ({self.pressure})'}"
+
 
 @dataclass(frozen=True)
 class Automatic:
@@ -94,6 +97,7 @@ class Automatic:
 
     context: bool = False
     gpu_layers: bool = False
+    kv_type: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,20 @@ def fit_model(
     room: Room,
     automatic: Automatic,
     num_layers: int = 0,
+    kv_types: Sequence[str] = (),
 ) -> Fit:
     """The settings with which a model fits into the room there is, those asked for where they do.
 
-    In this order: as many layers on the GPU as fit; smaller steps; a smaller context, if it is ours to
-    choose; and a prompt cache of what is left. num_layers: without the output, which counts as one
-    more. Raises ModelTooLarge with the arithmetic.
+    In this order: as many layers on the GPU as fit; the first of the KV types that does; smaller steps;
+    a smaller context, if it is ours to choose; and a prompt cache of what is left. num_layers: without
+    the output, which counts as one more. kv_types: those that may be chosen, best first; none: what
+    the settings say. Raises ModelTooLarge with the arithmetic.
     """
-    asked = settings
     choice = _Choice(predict, room)
     warnings: list[str] = []
+    if kv_types:
+        settings = _with_kv_type(name, choice, settings, kv_types, warnings)
+    asked = settings
     if room.gpu_bytes is not None:
         settings = _on_gpu(name, choice, settings, automatic.gpu_layers, num_layers, warnings)
     if not choice.fits(settings):
@@ -169,6 +177,28 @@ class _Choice:
             else:
                 high = middle - 1
         return low * CONTEXT_STEP
+
+
+def _with_kv_type(
+    name: str,
+    choice: _Choice,
+    settings: RuntimeSettings,
+    kv_types: Sequence[str],
+    warnings: list[str],
+) -> RuntimeSettings:
+    """The first type that fits; if none does, the smallest."""
+    tried = [replace(settings, kv_type_k=kind, kv_type_v=kind) for kind in kv_types]
+    caches = {each.kv_type_k: choice.ledger(each).of("kv cache") for each in tried}
+    smallest = min(tried, key=lambda each: caches[each.kv_type_k])
+    taken = next((each for each in tried if choice.fits(each)), smallest)
+    best = tried[0]
+    if caches[taken.kv_type_k] < caches[best.kv_type_k]:
+        warnings.append(
+            f"the KV cache of {name} is {taken.kv_type_k} instead of {best.kv_type_k}:"
+            f" {shown_bytes(caches[taken.kv_type_k])} instead of {shown_bytes(caches[best.kv_type_k])},"
+            f" as {choice.room}; --kv-type {best.kv_type_k} insists"
+        )
+    return taken
 
 
 def _on_gpu(
@@ -225,19 +255,26 @@ def _with_step(settings: RuntimeSettings, step: int) -> RuntimeSettings:
 
 
 def _lowered(name: str, asked: RuntimeSettings, got: RuntimeSettings, room: Room) -> list[str]:
-    because = f"{shown_bytes(room.free_bytes)} memory is free{room.pressure and f' ({room.pressure})'}"
     warnings = []
     if got.context < asked.context:
         warnings.append(
-            f"{name} has a context of {got.context} tokens instead of {asked.context}: {because};"
-            " --ctx or a q8_0 KV cache changes that"
+            f"{name} has a context of {got.context} tokens instead of {asked.context}: {room};"
+            f" --ctx{_smaller_kv(got)} changes that"
         )
     if got.step_tokens < asked.step_tokens:
         warnings.append(
             f"prompts are read in steps of {got.step_tokens} tokens instead of {asked.step_tokens},"
-            f" which is slower: {because}"
+            f" which is slower: {room}"
         )
     return warnings
+
+
+def _is_unquantized(settings: RuntimeSettings) -> bool:
+    return {settings.kv_type_k, settings.kv_type_v} <= {"f16", "f32", "bf16"}
+
+
+def _smaller_kv(settings: RuntimeSettings) -> str:
+    return " or a q8_0 KV cache" if _is_unquantized(settings) else ""
 
 
 def _refusal(name: str, choice: _Choice, settings: RuntimeSettings, context: int) -> str:
@@ -255,7 +292,7 @@ def _refusal(name: str, choice: _Choice, settings: RuntimeSettings, context: int
         f"{MARGIN:.0%} to spare",
     ]
     ways = [f"--ctx {context}"] if context else []
-    if {settings.kv_type_k, settings.kv_type_v} <= {"f16", "f32", "bf16"}:
+    if _is_unquantized(settings):
         quantized = replace(settings, kv_type_k="q8_0", kv_type_v="q8_0", flash_attention=True)
         if choice.fits(quantized):
             ways.append("--kv-type q8_0")

@@ -228,3 +228,42 @@ def test_sizes_are_shown_in_the_unit_that_suits_them() -> None:
         "2.0 GiB",
         "20 GiB",
     ]
+
+
+def kv_fit(free_mib: int, *kinds: str, automatic: Automatic = AUTOMATIC) -> Fit:
+    where = Room(free_mib * MIB, 16 * 1024 * MIB)
+    return fit_model("model", on_processor, ASKED, 0, where, automatic, LAYERS, kinds)
+
+
+# With q8_0 it is 200 MiB less: 1,962 MiB, 2,061 with 5 % to spare.
+
+
+def test_the_first_kv_type_that_fits_is_taken() -> None:
+    assert kv_fit(2300, "f16", "q8_0").settings == ASKED
+    smaller = kv_fit(2100, "f16", "q8_0")
+    assert smaller.settings == replace(ASKED, kv_type_k="q8_0", kv_type_v="q8_0")
+    (warning,) = smaller.warnings
+    assert warning == (
+        "the KV cache of model is q8_0 instead of f16: 200 MiB instead of 400 MiB, as 2.1 GiB memory"
+        " is free; --kv-type f16 insists"
+    )
+
+
+def test_a_smaller_kv_type_that_is_preferred_needs_no_warning() -> None:
+    for free in (2300, 2100):
+        found = kv_fit(free, "q8_0", "f16")
+        assert (found.settings.kv_type_v, found.warnings) == ("q8_0", ())
+
+
+def test_where_no_kv_type_fits_the_smallest_is_lowered_further() -> None:
+    found = kv_fit(1550, "f16", "q8_0")
+    assert found.settings.kv_type_k == "q8_0"
+    assert found.settings.step_tokens == 128
+    assert found.settings.context < ASKED.context
+    assert "--ctx changes that" in " ".join(found.warnings)  # and no advice to take what is taken
+    alone = kv_fit(1550, "f16")
+    assert alone.settings.context < found.settings.context
+    assert "--ctx or a q8_0 KV cache changes that" in " ".join(alone.warnings)
+    with pytest.raises(ModelTooLarge) as caught:
+        kv_fit(1550, "f16", "q8_0", automatic=Automatic())
+    assert "--kv-type" not in str(caught.value)

@@ -240,7 +240,9 @@ def test_step_costs_are_measured_kept_and_found_again(starter: Path) -> None:
     question = Request(prompt="Once upon a time", max_tokens=20, ignore_eos=True, sampling=GREEDY)
     kept = []
     for _ in range(2):
-        with LocalClient(OpenOptions(model=str(starter), context=1024)) as client:
+        with LocalClient(
+            OpenOptions(model=str(starter), kv_type_k="f16", kv_type_v="f16", context=1024)
+        ) as client:
             client.load()
             client.start(question).result()
         files = list((Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs").iterdir())
@@ -269,7 +271,9 @@ def test_a_card_that_this_build_cannot_use_is_one_warning_at_load(
 
 
 def test_fixed_threads_are_measured_by_nobody(starter: Path) -> None:
-    with LocalClient(OpenOptions(model=str(starter), context=1024, threads=1)) as client:
+    with LocalClient(
+        OpenOptions(model=str(starter), kv_type_k="f16", kv_type_v="f16", context=1024, threads=1)
+    ) as client:
         client.load()
         client.start(Request(prompt="Hi", max_tokens=3, sampling=GREEDY)).result()
     assert not (Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs").exists()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import (
     Backend,
     Device,
+    KvSpeed,
     MemoryItem,
     Probe,
     Progress,
@@ -57,6 +58,13 @@ class LlamaCppBackend(Backend):
         if config is None:
             raise ValueError("llama.cpp's memory is worked out from a model's configuration")
         return predict_memory(files.weight_types, config, settings, devices)
+
+    def measure_kv_speed(
+        self, config: ModelConfig, settings: RuntimeSettings, kv_type: str
+    ) -> KvSpeed | None:
+        from edgeinfer_backends.llamacpp.attention_speed import measure_kv_speed
+
+        return measure_kv_speed(config, settings, kv_type)
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
         from edgeinfer_backends.llamacpp.native import create_context

@@ -124,7 +124,8 @@ class LlamaCppRuntime(Runtime):
         warnings = []
         if unpacked_bytes:
             native.items.append(MemoryItem("unpacked", unpacked_bytes))
-        elif is_slow_to_read(lib, settings):
+        reads_slowly = not unpacked_bytes and is_slow_to_read(lib, settings)
+        if reads_slowly:
             warnings.append(
                 f"a prompt is read slowly over a KV cache of {settings.kv_type_k}/{settings.kv_type_v}"
                 " with this build of llama.cpp; --kv-type f16 is several times faster"
@@ -161,6 +162,7 @@ class LlamaCppRuntime(Runtime):
                 abort=True,
                 quantize_rows=True,
             ),
+            reads_slowly=reads_slowly,
             warnings=tuple(warnings),
         )
 

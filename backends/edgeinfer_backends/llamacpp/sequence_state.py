@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgeinfer_backends.llamacpp.raw_bytes import unfilled_bytes, writable
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -82,10 +84,9 @@ class StateForm:
 
     def state(self, blocks: Sequence[tuple[Bytes, int]]) -> bytes:
         """A state with the positions of several (rows, positions), from 0 on."""
-        import numpy as np
-
         cells = sum(count for _, count in blocks)
-        state = np.empty(self.size(cells), dtype=np.uint8)
+        data = unfilled_bytes(self.size(cells), is_passing=True)
+        state = writable(data, 0)
         head = bytearray(_HEAD.pack(self.magic, 0, self.streams) + _COUNT.pack(cells))
         for position in range(cells):
             head += _CELL.pack(position, 1, 0)
@@ -102,7 +103,7 @@ class StateForm:
         # the other streams have no cells
         offset = _put(state, offset, bytes((self.streams - 1) * _COUNT.size))
         assert offset == state.size
-        return state.tobytes()
+        return data
 
 
 def _put(state: Bytes, offset: int, data: bytes | bytearray) -> int:

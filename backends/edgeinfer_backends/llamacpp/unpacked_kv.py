@@ -199,6 +199,11 @@ class UnpackedKv:
         permuted.view_src, permuted.view_offs = ctypes.addressof(view), 0
 
 
+def can_unpack() -> bool:
+    """Whether this build shows what unpacking needs; a model's graph may still be another."""
+    return bool(_operations()) and _context_parameters() is not None
+
+
 def _operations() -> dict[str, int]:
     """Numbers of the operations met here, by name; empty where tensors have another form than known."""
     lib = ggml()
