@@ -81,7 +81,9 @@ def test_show_prints_what_the_issue_asks_for(run: Run, tiny: Path) -> None:
     assert shown["Parameters"] == "0.1 million"
     assert shown["Bits per weight"] == "16.05 (F16)"
     assert shown["Context"] == "4,096 tokens"
-    assert shown["KV bytes per token"] == "f16 256, q8_0 136, q4_0 72"
+    assert shown["KV bytes per token"] == (
+        "f32 512, f16 256, bf16 256, q8_0 136, q5_1 96, q5_0 88, q4_1 80, q4_0 72, iq4_nl 72"
+    )
     assert shown["Template"] == "the model's own"
     assert shown["Licence"] == "apache-2.0"
     assert shown["File"] == str(tiny)
@@ -94,7 +96,17 @@ def test_show_json_has_every_fact(run: Run, starter: Path) -> None:
     run("pull", "smollm2", "--from", starter)
     facts = json.loads(run("show", "--json").stdout)
     assert facts["name"] == "smollm2"
-    assert facts["kv_bytes_per_token"] == {"f16": 256, "q8_0": 136, "q4_0": 72}
+    assert facts["kv_bytes_per_token"] == {
+        "f32": 512,
+        "f16": 256,
+        "bf16": 256,
+        "q8_0": 136,
+        "q5_1": 96,
+        "q5_0": 88,
+        "q4_1": 80,
+        "q4_0": 72,
+        "iq4_nl": 72,
+    }
     assert facts["template"] == {"origin": "model", "name": "model"}
     assert len(facts["sha256"]) == 64
     memory = facts["memory"]
