@@ -322,8 +322,8 @@ class Runtime(ABC):
 
 @dataclass(frozen=True)
 class KvSpeed:
-    """How fast attention is over a KV cache of one type, as a multiple of its speed over f16: with one
-    row of a sequence in a step (decode), and with many (prefill)."""
+    """How fast steps are over a KV cache of one type, as a multiple of their speed over f16, at some
+    2,000 tokens of context: with one row of a sequence (decode), and with many (prefill)."""
 
     decode: float
     prefill: float
@@ -363,10 +363,15 @@ class Backend(ABC):
     def measure_kv_speed(
         self, config: ModelConfig, settings: RuntimeSettings, kv_type: str
     ) -> KvSpeed | None:
-        """Measured here and now, in a second or two, for a model of this shape: nothing is loaded. None
-        where it cannot be, or where the type has a drawback here that is no matter of speed (it cannot
-        be evicted from, say)."""
+        """Estimated from what is measured here and now, in a second or two, for a model of this shape:
+        nothing is loaded. None where it cannot be, or where the type has a drawback here that is no
+        matter of speed (it cannot be evicted from, say)."""
         return None
+
+    def switches(self) -> Mapping[str, str]:
+        """Those of the environment that change what a KV cache holds: what was found with others does
+        not hold with these."""
+        return {}
 
     @abstractmethod
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:

@@ -168,8 +168,8 @@ def _kv_lines(kv: dict[str, Any]) -> list[str]:
     lines = [f"KV cache   bytes a token of {kv['model']}: {sizes}"]
     for kind, speed in kv["speed"].items():
         lines.append(
-            f"           {kind} against f16, measured at 2,048 tokens: answers {speed['decode']:.2f} x"
-            f" as fast, reads prompts {speed['prefill']:.2f} x"
+            f"           {kind} against f16 at 2,048 tokens, estimated from measurements: answers"
+            f" {speed['decode']:.2f} x as fast, reads prompts {speed['prefill']:.2f} x"
         )
     if kv["auto"]:
         lines.append(f"           --kv-type auto: {kv['auto']}, as far as memory allows")

@@ -106,6 +106,7 @@ def _conditions(
         config.quantization,
     )
     return {
+        **backend.switches(),
         "measured": "kv speed",
         "kv_type": kv_type,
         "backend": backend.name,

@@ -111,6 +111,16 @@ def test_other_circumstances_are_declined(config: ModelConfig, monkeypatch: pyte
         assert measured(config) is None
 
 
+def test_no_memory_to_measure_in_is_no_reason_not_to_load(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_more: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(attention_speed.mmap, "mmap", refuse)
+    assert measured(config) is None
+
+
 def test_the_weights_of_a_step(config: ModelConfig) -> None:
     groups = (
         WeightGroup(INPUT, "Q8_0", 1000),

@@ -88,6 +88,9 @@ def test_it_is_measured_once_for_each_shape_and_number_of_threads(
         assert known_kv_speeds(backend, *other, folder) == {}
         preferred_kv_types(backend, *other, folder)
     assert len(backend.asked) == 3
+    with pytest.MonkeyPatch.context() as patched:  # what was measured with rotated keys is no help
+        patched.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+        assert known_kv_speeds(backend, model.config, SETTINGS, folder) == {}
     # A longer context is no other shape.
     preferred_kv_types(backend, model.config, replace(SETTINGS, context=8192), folder)
     assert len(backend.asked) == 3

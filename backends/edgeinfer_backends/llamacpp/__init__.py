@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,11 @@ class LlamaCppBackend(Backend):
         from edgeinfer_backends.llamacpp.attention_speed import measure_kv_speed
 
         return measure_kv_speed(config, settings, kv_type)
+
+    def switches(self) -> Mapping[str, str]:
+        from edgeinfer_backends.llamacpp.library import rotation_switch
+
+        return {"rotation": rotation_switch()}
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
         from edgeinfer_backends.llamacpp.native import create_context

@@ -8,16 +8,15 @@ finds its memory as a step does: not in the processor's cache; and the fastest r
 what a neighbour takes from one run it does not take from all.
 
 What a type does to attention depends on the shape: on one processor, over q8_0 it was 2.5 times as fast
-as over f16 with heads of 64, and 0.6 times with heads of 256, so no table could say it. The estimate is
-on the careful side: on four shapes there it said 1.8, 0.89, 0.91 and 0.80 where decoding at 2,000 tokens
-went 2.2, 1.0, 1.0 and 0.84 times as fast.
+as over f16 with heads of 64, and 0.6 times with heads of 256, so no table could say it. How near the
+estimate comes (benchmarks/bars/05_kv_auto.py): 2.06, 1.89, 0.90 and 0.79 for four models whose decoding
+at 2,000 tokens went 1.74, 1.73, 0.97 and 0.80 times as fast.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -26,7 +25,7 @@ from functools import cache
 from typing import Any
 
 from edgeinfer.backend import KvSpeed, RuntimeSettings
-from edgeinfer_backends.llamacpp.library import ggml, library
+from edgeinfer_backends.llamacpp.library import ggml, library, rotation_switch
 from edgeinfer_backends.llamacpp.native import QUANTIZED_KV
 from edgeinfer_backends.llamacpp.prediction import TILE
 from edgeinfer_backends.llamacpp.unpacked_kv import can_unpack
@@ -75,11 +74,13 @@ def measure_kv_speed(config: ModelConfig, settings: RuntimeSettings, kv_type: st
     if on_gpu or not settings.flash_attention or shape is None or kv_type not in QUANTIZED_KV:
         return None
     # Quantized without a rotation keys lose more, and cannot be shifted (create_context).
-    is_rotated = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") in ("", "0")
-    if not is_rotated or not can_unpack() or not _can_compute():
+    if rotation_switch() not in ("", "0") or not can_unpack() or not _can_compute():
         return None
-    decode = _ratio(shape, config, kv_type, 1, max(1, settings.threads))
-    return KvSpeed(decode, _ratio(shape, config, kv_type, TILE, max(1, settings.threads_batch)))
+    try:
+        decode = _ratio(shape, config, kv_type, 1, max(1, settings.threads))
+        return KvSpeed(decode, _ratio(shape, config, kv_type, TILE, max(1, settings.threads_batch)))
+    except (OSError, MemoryError):  # no memory to measure in: no reason not to load
+        return None
 
 
 def _ratio(shape: Shape, config: ModelConfig, kv_type: str, rows: int, threads: int) -> float:

@@ -151,6 +151,11 @@ def build_description() -> str:
     return f"llama-cpp-python {version()}; {info}"
 
 
+def rotation_switch() -> str:
+    """llama.cpp rotates quantized K and V unless this is set: same types, other contents."""
+    return os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0")
+
+
 @cache
 def ggml() -> Any:
     """The symbols of ggml."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import struct
 import threading
 import zlib
@@ -35,7 +34,13 @@ from edgeinfer.errors import (
 )
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.llamacpp.cells import COMPACT_AT_LEAST, CellTable
-from edgeinfer_backends.llamacpp.library import build_description, library, native_log, version
+from edgeinfer_backends.llamacpp.library import (
+    build_description,
+    library,
+    native_log,
+    rotation_switch,
+    version,
+)
 from edgeinfer_backends.llamacpp.native import ROPE_TYPE_MROPE, NativeContext, is_slow_to_read
 from edgeinfer_backends.llamacpp.prediction import TILE, is_read_in_tiles
 from edgeinfer_backends.llamacpp.raw_bytes import address_of, overwrite, unfilled_bytes
@@ -196,8 +201,7 @@ class LlamaCppRuntime(Runtime):
             "adapters": adapters,
             "backend": f"llamacpp {version()}",
             "build": build_description(),
-            # llama.cpp rotates quantized K and V unless this is set: same types, other contents
-            "rotation": os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0"),
+            "rotation": rotation_switch(),
             "layout": self._layout,  # which has a form of snapshots of its own
         }
 
