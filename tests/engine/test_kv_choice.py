@@ -16,6 +16,7 @@ from edgeinfer.engine.kv_choice import (
     FASTER,
     GOOD_TYPES,
     LEAST,
+    estimate,
     in_order,
     known_kv_speeds,
     preferred_kv_types,
@@ -33,17 +34,17 @@ SETTINGS = RuntimeSettings(context=4096, threads=2, threads_batch=2, gpu_layers=
 
 
 class Measuring(LlamaCppBackend):
-    """llama.cpp, whose speeds are said here; counts how often it was asked."""
+    """llama.cpp, whose speeds are said here, the last one again; counts how often it was asked."""
 
-    def __init__(self, speed: KvSpeed | None) -> None:
-        self.speed = speed
+    def __init__(self, *speeds: KvSpeed | None) -> None:
+        self.speeds = speeds
         self.asked: list[str] = []
 
     def measure_kv_speed(
         self, config: ModelConfig, settings: RuntimeSettings, kv_type: str
     ) -> KvSpeed | None:
         self.asked.append(kv_type)
-        return self.speed
+        return self.speeds[min(len(self.asked), len(self.speeds)) - 1]
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def test_only_types_that_cost_next_to_nothing_are_ever_chosen() -> None:
     ("speed", "order"),
     [
         (None, ("f16",)),  # unknown is not good
-        (KvSpeed(0.89, 1.0), ("f16",)),
-        (KvSpeed(2.0, 0.79), ("f16",)),  # faster answers do not pay for slow prompts
-        (KvSpeed(0.9, 0.8), ("f16", "q8_0")),  # if memory asks for it
+        (KvSpeed(1.03, 1.0), ("f16",)),  # it may be less
+        (KvSpeed(2.0, 0.83), ("f16",)),  # faster answers do not pay for slow prompts
+        (KvSpeed(1.04, 0.85), ("f16", "q8_0")),  # if memory asks for it
         (KvSpeed(FASTER - 0.01, 1.0), ("f16", "q8_0")),
-        (KvSpeed(FASTER, 0.8), ("q8_0", "f16")),
+        (KvSpeed(FASTER, 0.85), ("q8_0", "f16")),
     ],
 )
 def test_the_order_is_by_what_was_measured(speed: KvSpeed | None, order: tuple[str, ...]) -> None:
@@ -76,11 +77,11 @@ def test_the_order_is_by_what_was_measured(speed: KvSpeed | None, order: tuple[s
 def test_it_is_measured_once_for_each_shape_and_number_of_threads(
     model: ResolvedModel, tmp_path: Path
 ) -> None:
-    folder, backend = tmp_path / "kept", Measuring(KvSpeed(1.5, 0.9))
+    folder, backend = tmp_path / "kept", Measuring(KvSpeed(1.5, 1.1))
     for _ in range(3):
         assert preferred_kv_types(backend, model.config, SETTINGS, folder) == ("q8_0", "f16")
     assert backend.asked == ["q8_0"]
-    assert known_kv_speeds(backend, model.config, SETTINGS, folder) == {"q8_0": KvSpeed(1.5, 0.9)}
+    assert known_kv_speeds(backend, model.config, SETTINGS, folder) == {"q8_0": KvSpeed(1.5, 1.1)}
     for other in (
         (replace(model.config, head_dim_k=64), SETTINGS),
         (model.config, replace(SETTINGS, threads=1)),
@@ -100,12 +101,31 @@ def test_it_is_measured_once_for_each_shape_and_number_of_threads(
     "kept", [[1.0], [1.0, "2"], [float("nan"), 1.0], [-1.0, 1.0], {"decode": 1.0}, None, [1, 2]]
 )
 def test_what_is_damaged_is_measured_again(model: ResolvedModel, tmp_path: Path, kept: Any) -> None:
-    backend = Measuring(KvSpeed(1.5, 0.9))
+    backend = Measuring(KvSpeed(1.5, 1.1))
     preferred_kv_types(backend, model.config, SETTINGS, tmp_path)
     (file,) = tmp_path.glob("*.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "costs": kept}))
     assert preferred_kv_types(backend, model.config, SETTINGS, tmp_path) == ("q8_0", "f16")
     assert len(backend.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("speeds", "result", "times"),
+    [
+        ([None], None, 1),
+        ([KvSpeed(1.6, 1.0)], KvSpeed(1.6, 1.0), 1),  # however far it is off, it is as good
+        ([KvSpeed(0.7, 1.0)], KvSpeed(0.7, 1.0), 1),
+        ([KvSpeed(1.12, 0.7), KvSpeed(0.95, 0.95), KvSpeed(0.96, 0.9)], KvSpeed(0.96, 0.9), 3),
+        ([KvSpeed(1.6, 0.86), KvSpeed(2.0, 0.7), KvSpeed(1.8, 0.8)], KvSpeed(1.8, 0.8), 3),
+        ([KvSpeed(1.0, 1.0), None], KvSpeed(1.0, 1.0), 3),  # no memory to measure in any more
+    ],
+)
+def test_where_it_decides_it_is_measured_again(
+    model: ResolvedModel, speeds: list[KvSpeed | None], result: KvSpeed | None, times: int
+) -> None:
+    backend = Measuring(*speeds)
+    assert estimate(backend, model.config, SETTINGS, "q8_0") == result
+    assert len(backend.asked) == times
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
@@ -132,7 +152,7 @@ def loaded(
 def test_memory_decides_where_speed_does_not(
     monkeypatch: pytest.MonkeyPatch, model: ResolvedModel
 ) -> None:
-    allowed, slow = Measuring(KvSpeed(1.0, 1.0)), Measuring(KvSpeed(0.5, 1.0))
+    allowed, slow = Measuring(KvSpeed(1.05, 1.0)), Measuring(KvSpeed(0.5, 1.0))
     automatic = Automatic(context=True, kv_type=True)
     assert loaded(allowed, model, automatic) == ("f16", ())
     whole = MemoryLedger(tuple(allowed.predict_memory(model.files, model.config, SETTINGS))).total()
