@@ -131,7 +131,8 @@ MemoryForm = Literal["", "mapped", "repacked"]
 class MemoryItem:
     """A use of memory: "weights", "kv cache", "compute" (what a step works in), "logits" (what comes
     out of it), "work" (the threads'), "unpacked" (a layer's quantized KV cache, while a prompt is read;
-    as much as is in the cache), "tables" (vocabulary, cells), "process" (interpreter, libraries).
+    as much as is in the cache), "copies" (of cells, while they are moved or kept; the most there may
+    be), "tables" (vocabulary, cells), "process" (interpreter, libraries).
     form: mapped weights are the file's own pages; repacked ones are copies in another layout.
     """
 

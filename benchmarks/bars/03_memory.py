@@ -25,7 +25,7 @@ from edgeinfer_models.resolve import resolve_model
 TOLERANCE = 0.05
 PROMPT_TOKENS, ANSWER_TOKENS = 600, 8
 MIB = 2**20
-ITEMS = ("weights", "kv cache", "compute", "logits", "work", "tables", "process")
+ITEMS = ("weights", "kv cache", "compute", "logits", "work", "unpacked", "tables", "process")
 HEADS = (*ITEMS, "predicted", "peak")
 
 
@@ -71,7 +71,7 @@ def measure(bar: Bar) -> None:
         if bar.options.only and bar.options.only not in case.name:
             continue
         ledger, peak = run(case)
-        total = ledger.total("cpu")
+        total = ledger.total("cpu") - ledger.of("copies")  # of a whole conversation; here is a short one
         off = total / peak - 1
         sizes = [*(ledger.of(name) for name in ITEMS), total, peak]
         bar.say(f"{case.name:40}" + "".join(f"{size / MIB:10.1f}" for size in sizes) + f"  {off:+6.1%}")

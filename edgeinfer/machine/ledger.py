@@ -23,6 +23,7 @@ GPU_MARGIN_BYTES = 256 * 2**20
 STEPS = (512, 256, 128)
 CONTEXT_STEP = 256
 STEP_BUFFERS = ("compute", "logits", "work", "unpacked")
+PASSING = ("copies",)  # there for a moment only
 LEAST_CONTEXT = 512  # that is chosen unasked: less is no chat
 
 
@@ -65,11 +66,11 @@ class MemoryLedger:
 
     def deviation(self, resident_bytes: int, *, is_warm: bool = True) -> float:
         """How far a process's resident memory is from the prediction: 0.1 is a tenth more, -0.1 less.
-        Before a first long prompt (not is_warm) the buffers of a step may be untouched: anything from
-        without to with them is 0."""
+        Copies may be there or not, and before a first long prompt (not is_warm) the buffers of a step
+        may be untouched: anything from without to with them is 0."""
         most = self.total("cpu")
-        buffers = [i for i in self.items if i.device == "cpu" and i.name in STEP_BUFFERS]
-        least = most if is_warm else most - sum(i.num_bytes for i in buffers)
+        uncertain = PASSING if is_warm else (*PASSING, *STEP_BUFFERS)
+        least = most - sum(i.num_bytes for i in self.items if i.device == "cpu" and i.name in uncertain)
         nearest = min(max(resident_bytes, least), most)
         return resident_bytes / nearest - 1 if nearest else 0.0
 
@@ -287,7 +288,7 @@ def _refusal(name: str, choice: _Choice, settings: RuntimeSettings, context: int
     parts = [
         f"weights {shown_bytes(home.of('weights'))}",
         f"KV cache {shown_bytes(home.of('kv cache'))} for {times}{settings.context} tokens",
-        f"compute {shown_bytes(home.of(*STEP_BUFFERS))}",
+        f"compute {shown_bytes(home.of(*STEP_BUFFERS, *PASSING))}",
         f"process {shown_bytes(home.of('tables', 'process'))}",
         f"{MARGIN:.0%} to spare",
     ]

@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES, write_shape
 from edgeinfer.backend import MemoryItem, RuntimeSettings
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.llamacpp.native import _context_params, _layout, _memory_items
-from edgeinfer_backends.llamacpp.prediction import num_logit_rows, sequence_handles
+from edgeinfer_backends.llamacpp.prediction import native_sequences, num_logit_rows
 from edgeinfer_models.resolve import ResolvedModel, resolve_model
 from tests.fixtures_gguf import write_tiny_gguf
 
@@ -127,9 +127,7 @@ def test_the_compute_buffer_is_what_llama_cpp_reserves(
     assert real["compute"] * (1 - TOO_SMALL) <= compute <= real["compute"] * (1 + TOO_LARGE)
     # At first for a row of each sequence; it grows once, to the most rows of a step.
     (logits,) = [i.num_bytes for i in predicted(model, settings) if i.name == "logits"]
-    least = sequence_handles(settings.sequences) + 3
-    if _layout(lib, native, settings) == "private":
-        least = settings.sequences
+    least = native_sequences(settings, _layout(lib, native, settings) == "private")
     at_first = logits * least / num_logit_rows(settings)
     assert real.get("logits", 0) == pytest.approx(at_first, abs=16 * 1024)
 

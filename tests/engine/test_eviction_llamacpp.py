@@ -28,11 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def talking(model: Path, folder: Path, layout: KvLayout, kv_type: str) -> Iterator[Talk]:
+def talking(model: Path, folder: Path, layout: KvLayout, sequences: int, kv_type: str) -> Iterator[Talk]:
     """As in a process that has just started."""
     settings = RuntimeSettings(
         context=256,
-        sequences=2,
+        sequences=sequences,
         threads=1,
         threads_batch=1,
         kv_type_k=kv_type,
@@ -43,7 +43,12 @@ def talking(model: Path, folder: Path, layout: KvLayout, kv_type: str) -> Iterat
     runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
     disk = DiskCache(folder, runtime.identity(), 2**30)
     engine = Engine(
-        runtime, model="tiny", max_running=2, cache_bytes=2**28, disk=disk, window=Window(SIZE, SINKS)
+        runtime,
+        model="tiny",
+        max_running=sequences,
+        cache_bytes=2**28,
+        disk=disk,
+        window=Window(SIZE, SINKS),
     )
     engine._prefill_s_per_token = 0.01  # everything is worth a file
     engine._learn_rate = lambda seconds, tokens: None  # type: ignore[method-assign]
@@ -52,29 +57,37 @@ def talking(model: Path, folder: Path, layout: KvLayout, kv_type: str) -> Iterat
 
 
 @pytest.mark.parametrize(
-    ("layout", "kv_type", "seed"),
-    [("shared", "f16", 1), ("private", "f16", 2), ("shared", "q8_0", 3), ("private", "q8_0", 4)],
+    ("layout", "sequences", "kv_type", "seed"),
+    [
+        ("shared", 2, "f16", 1),
+        ("private", 2, "f16", 2),
+        ("shared", 2, "q8_0", 3),
+        ("private", 2, "q8_0", 4),
+        ("private", 1, "f16", 5),
+        ("private", 1, "q8_0", 6),
+    ],
 )
 def test_the_cells_hold_what_the_policy_says(
-    model: Path, tmp_path: Path, layout: KvLayout, kv_type: str, seed: int
+    model: Path, tmp_path: Path, layout: KvLayout, sequences: int, kv_type: str, seed: int
 ) -> None:
     rng = random.Random(seed)
     plains: list[PlainCells] = []
     evictions = forks = turn = 0
     while turn < TURNS:
-        with talking(model, tmp_path, layout, kv_type) as talk:
+        with talking(model, tmp_path, layout, sequences, kv_type) as talk:
             tokenizer = talk.engine.runtime.tokenizer
             plains = plains or [PlainCells(tokenizer=tokenizer)]
             for plain in plains:
                 plain.tokenizer = tokenizer
             for _ in range(rng.randint(3, 8)):
                 if len(plains) < 5 and rng.random() < 0.3:  # a conversation goes on in two ways
-                    old = rng.choice(plains)
+                    # A lone sequence goes on with the first, and the other is read anew.
+                    old = rng.choice(plains) if sequences > 1 else PlainCells(tokenizer=tokenizer)
                     held = list(old.history), list(old.cells)
                     plains.append(PlainCells(SIZE, SINKS, *held, tokenizer))
                     forks += 1
                 pending = []
-                for plain in rng.sample(plains, min(2, len(plains))):
+                for plain in rng.sample(plains, min(sequences, len(plains))):
                     plain.history += rng.choices(range(3, 250), k=rng.randint(1, 35))
                     talk.submit(turn, streamed(plain.history, rng.randint(1, 40)))
                     pending.append((plain, turn))

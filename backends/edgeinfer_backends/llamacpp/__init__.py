@@ -72,6 +72,7 @@ class LlamaCppBackend(Backend):
         return {"rotation": rotation_switch()}
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
+        from edgeinfer_backends.llamacpp.lone_stream import LoneStream
         from edgeinfer_backends.llamacpp.native import create_context
         from edgeinfer_backends.llamacpp.runtime import LlamaCppRuntime
         from edgeinfer_backends.llamacpp.sequence_state import UnknownState
@@ -84,7 +85,8 @@ class LlamaCppBackend(Backend):
         native = create_context(files, settings, progress)
         if native.layout == "private":
             try:
-                return PrivateStreams(native, files, settings)
+                kind = LoneStream if native.sequences == 1 else PrivateStreams
+                return kind(native, files, settings)
             except UnknownState as error:  # of another llama.cpp than this was written for
                 log.info("sequences share cells: %s", error)
             native = create_context(files, replace(settings, kv_layout="shared"), progress)

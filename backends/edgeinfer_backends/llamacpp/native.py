@@ -12,9 +12,9 @@ from edgeinfer.backend import KvLayout, MemoryForm, MemoryItem, Progress, Runtim
 from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.llamacpp.library import abort_flag, library, native_log
 from edgeinfer_backends.llamacpp.prediction import (
-    RESERVED_SEQUENCES,
     is_read_in_tiles,
     may_map,
+    native_sequences,
     num_cells,
     num_logit_rows,
     sequence_handles,
@@ -198,9 +198,7 @@ def _context_params(lib: Any, settings: RuntimeSettings, layout: KvLayout) -> tu
     is_private = layout == "private"
     params.n_ctx = num_cells(settings, is_private)
     params.n_batch = params.n_ubatch = min(settings.step_tokens, params.n_ctx)
-    params.n_seq_max = settings.sequences
-    if not is_private:
-        params.n_seq_max = sequence_handles(settings.sequences) + RESERVED_SEQUENCES
+    params.n_seq_max = native_sequences(settings, is_private)
     params.n_outputs_max = num_logit_rows(settings)
     if settings.threads:
         params.n_threads = settings.threads
@@ -210,7 +208,8 @@ def _context_params(lib: Any, settings: RuntimeSettings, layout: KvLayout) -> tu
     params.flash_attn_type = 1 if settings.flash_attention else 0
     params.type_k = KV_TYPES[settings.kv_type_k]
     params.type_v = KV_TYPES[settings.kv_type_v]
-    params.kv_unified = not is_private  # sequences share cells: a fork copies nothing
+    # Sequences share cells: a fork copies nothing. A lone one shares them with its copies.
+    params.kv_unified = not is_private or settings.sequences == 1
     params.swa_full = True  # a sliding-window cache that forgets cannot be rewound or shared
     params.no_perf = True
     callback, flag = abort_flag()

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgeinfer.backend import Device, MemoryItem, RuntimeSettings
+from edgeinfer.backend import BLOCK_TOKENS, Device, MemoryItem, RuntimeSettings
 from edgeinfer_models.config import INPUT, OUTPUT, ModelConfig
 from edgeinfer_models.ggml_types import row_bytes
 
@@ -57,6 +57,13 @@ def wants_private(settings: RuntimeSettings, *, has_window: bool, has_gpu: bool)
     if settings.kv_layout != "auto":
         return settings.kv_layout == "private"
     return settings.flash_attention and not has_window and not has_gpu
+
+
+def native_sequences(settings: RuntimeSettings, is_private: bool) -> int:
+    """llama.cpp's, ours included. A lone sequence has another beside it (lone_stream.py)."""
+    if not is_private:
+        return sequence_handles(settings.sequences) + RESERVED_SEQUENCES
+    return settings.sequences + (settings.sequences == 1)
 
 
 def is_read_in_tiles(settings: RuntimeSettings) -> bool:
@@ -111,7 +118,10 @@ def predict_memory(
     cells = -(-num_cells(settings, is_private) // CELL_ROUNDING) * CELL_ROUNDING
     seen = cells // settings.sequences if is_private else cells  # by a row
     items = _weights(config, first_on_gpu, is_mapped)
-    items += _kv_cache(config, settings, cells, first_on_gpu)
+    kv_cache = _kv_cache(config, settings, cells, first_on_gpu)
+    items += kv_cache
+    kv_bytes = sum(item.num_bytes for item in kv_cache)
+    items.append(MemoryItem("copies", _copied_cells(settings, is_private) * kv_bytes // cells))
     compute = _compute_bytes(config, settings, seen)
     if on_gpu:
         items.append(MemoryItem("compute", compute, "gpu"))
@@ -179,6 +189,13 @@ def _kv_cache(
     return [MemoryItem("kv cache", home), MemoryItem("kv cache", gpu, "gpu")]
 
 
+def _copied_cells(settings: RuntimeSettings, is_private: bool) -> int:
+    """Of which there is a copy on their way from or to host memory: of a sequence, or of a lone one as
+    its rows and as llama.cpp's state of a block."""
+    is_lone = is_private and settings.sequences == 1
+    return min(2 * BLOCK_TOKENS, settings.context) if is_lone else settings.context
+
+
 def _unpacked_bytes(config: ModelConfig, cells: int) -> int:
     """The keys and values of a layer in f32, for as many cells as a row sees (unpacked_kv.py)."""
     heads = max(config.num_kv_heads, default=0)
@@ -192,9 +209,7 @@ def _num_caches(config: ModelConfig) -> int:
 
 def _step_tokens(settings: RuntimeSettings, cells: int) -> int:
     """Rows of the graph that is reserved: a multiple of the sequences (graph_reserve)."""
-    sequences = settings.sequences
-    if settings.kv_layout != "private":
-        sequences = sequence_handles(settings.sequences) + RESERVED_SEQUENCES
+    sequences = native_sequences(settings, settings.kv_layout == "private")
     return -(-min(settings.step_tokens, cells) // sequences) * sequences
 
 

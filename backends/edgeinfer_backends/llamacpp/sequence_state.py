@@ -82,13 +82,13 @@ class StateForm:
             offset += cells * size
         return found
 
-    def state(self, blocks: Sequence[tuple[Bytes, int]]) -> bytes:
-        """A state with the positions of several (rows, positions), from 0 on."""
+    def state(self, blocks: Sequence[tuple[Bytes, int]], start: int = 0) -> bytes:
+        """A state with the positions of several (rows, positions), from `start` on."""
         cells = sum(count for _, count in blocks)
         data = unfilled_bytes(self.size(cells), is_passing=True)
         state = writable(data, 0)
         head = bytearray(_HEAD.pack(self.magic, 0, self.streams) + _COUNT.pack(cells))
-        for position in range(cells):
+        for position in range(start, start + cells):
             head += _CELL.pack(position, 1, 0)
         head += _DATA.pack(0, len(self.sections) // 2)
         offset = _put(state, 0, head)

@@ -167,10 +167,11 @@ class PrivateStreams(LlamaCppRuntime):
         self._check_range(sequence, 0, length)
         target = self.open()
         if length:
-            rows = self._rows(sequence, 0, length)
-            self._pending[target] = [(rows, length)]
+            self._settle(sequence)
+            self._write(target, self._state(sequence))
+            self._remove(target, length)
             self._streams.append(target, length)
-            self._settle(target)
+            self._forget(sequence)
         return target
 
     def evict(self, sequence: int, start: int, stop: int) -> None:
@@ -190,7 +191,12 @@ class PrivateStreams(LlamaCppRuntime):
         self._streams.cut(sequence, length - (stop - start))
         self._compute_shift_of(sequence)
         # What follows the gap moves into it: the next token would be put there, out of order.
+        self._close_gap(sequence, start)
+
+    def _close_gap(self, sequence: int, start: int) -> None:
+        """Put the positions from `start` on into the cells before theirs that nobody has."""
         self._write(sequence, self._state(sequence))
+        self._forget(sequence)
 
     def _compute_shift_of(self, sequence: int) -> None:
         """llama.cpp applies a shift at the next decode: one dummy position, in one of the free cells.
