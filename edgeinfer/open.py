@@ -72,8 +72,8 @@ class OpenOptions:
         _between("--sinks", self.sinks, 0, MAX_CONTEXT)
         if self.window and self.context and self.window > self.context:
             raise UsageError(
-                f"--window {self.window} is more than --ctx {self.context}, which is all that there is"
-                " memory for; lower the one or raise the other"
+                f"--window {self.window} is more than --ctx {self.context}, the tokens that the KV cache"
+                " has room for; lower the one or raise the other"
             )
         for option, size in (("--window", self.window), ("--ctx", self.context)):
             if size is not None and size <= self.sinks:

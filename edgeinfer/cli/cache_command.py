@@ -88,7 +88,7 @@ def verify_command(
     for path, reason in found.removed:
         typer.echo(f"removed {path}: {reason}", err=True)
     emit(
-        f"{found.checked} files checked, {len(found.removed)} removed;"
+        f"{found.checked} file{'s' * (found.checked != 1)} checked, {len(found.removed)} removed;"
         f" {shown_bytes(found.num_bytes)} are good\n"
     )
 

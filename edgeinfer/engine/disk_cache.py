@@ -15,6 +15,7 @@ that jumps changes that order and nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -128,6 +129,23 @@ class DiskCache:
         self._paused_until = 0.0
         self._writer: threading.Thread | None = None
         self._readers: ThreadPoolExecutor | None = None
+        self._try_folder()
+
+    def _try_folder(self) -> None:
+        """A short-lived process would write at its end, when nobody is there to be told."""
+        try:
+            self._make_root()
+            if not os.access(self._root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            self._cannot_write(error)
+
+    def _cannot_write(self, error: OSError) -> None:
+        self._paused_until = time.monotonic() + PAUSE_S
+        self.report(
+            f"the prompt cache on disk cannot be written ({error.strerror or error}):"
+            f" {self._root}; conversations are kept in memory only"
+        )
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -313,11 +331,7 @@ class DiskCache:
             try:
                 self._write(job)
             except OSError as error:
-                self._paused_until = time.monotonic() + PAUSE_S
-                self.report(
-                    f"the prompt cache on disk cannot be written ({error.strerror or error}):"
-                    f" {self._folder}; conversations are kept in memory only"
-                )
+                self._cannot_write(error)
             except Exception:  # of ours: the next block may still be written
                 log.exception("writing a block failed")
             with self._wake:
@@ -357,11 +371,14 @@ class DiskCache:
     def _make_folder(self) -> None:
         if self._folder.is_dir():
             return
-        self._root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self._root, self._folder):  # conversations are nobody else's business
-            folder.mkdir(exist_ok=True, mode=0o700)
+        self._make_root()
+        self._folder.mkdir(exist_ok=True, mode=0o700)
         text = json.dumps(self._description, indent=1)
         (self._folder / IDENTITY_FILE).write_text(text)
+
+    def _make_root(self) -> None:
+        self._root.parent.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(exist_ok=True, mode=0o700)  # conversations are nobody else's business
 
 
 @dataclass(frozen=True)
