@@ -15,11 +15,11 @@ that jumps changes that order and nothing else.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 from collections import deque
@@ -135,8 +135,8 @@ class DiskCache:
         """A short-lived process would write at its end, when nobody is there to be told."""
         try:
             self._make_root()
-            if not os.access(self._root, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            with tempfile.TemporaryFile(dir=self._root):  # `access` knows less, and says no reason
+                pass
         except OSError as error:
             self._cannot_write(error)
 
