@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import SHAPES, write_shape
-from edgeinfer.backend import MemoryItem, RuntimeSettings
+from edgeinfer.backend import KvLayout, MemoryItem, RuntimeSettings
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.llamacpp.native import _context_params, _layout, _memory_items
 from edgeinfer_backends.llamacpp.prediction import native_sequences, num_logit_rows
@@ -130,6 +130,19 @@ def test_the_compute_buffer_is_what_llama_cpp_reserves(
     least = native_sequences(settings, _layout(lib, native, settings) == "private")
     at_first = logits * least / num_logit_rows(settings)
     assert real.get("logits", 0) == pytest.approx(at_first, abs=16 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "layout", "cells"), [(1, "private", 512), (4, "private", 2048), (1, "shared", 2048)]
+)
+def test_copies_are_of_a_sequence_or_of_blocks_of_a_lone_one(
+    planned: tuple[ResolvedModel, Any, Any], sequences: int, layout: KvLayout, cells: int
+) -> None:
+    model = planned[0]
+    settings = replace(BASE, context=2048, sequences=sequences, kv_layout=layout)
+    (copies,) = [i.num_bytes for i in predicted(model, settings) if i.name == "copies"]
+    per_token = model.config.kv_bytes_per_token(settings.kv_type_k, settings.kv_type_v)
+    assert copies == cells * per_token
 
 
 WEIGHTS: dict[str, dict[str, Any]] = {

@@ -63,9 +63,9 @@ def test_only_types_that_cost_next_to_nothing_are_ever_chosen() -> None:
     ("speed", "order"),
     [
         (None, ("f16",)),  # unknown is not good
-        (KvSpeed(1.03, 1.0), ("f16",)),  # it may be less
+        (KvSpeed(1.07, 1.0), ("f16",)),  # it may be less
         (KvSpeed(2.0, 0.83), ("f16",)),  # faster answers do not pay for slow prompts
-        (KvSpeed(1.04, 0.85), ("f16", "q8_0")),  # if memory asks for it
+        (KvSpeed(1.085, 0.85), ("f16", "q8_0")),  # if memory asks for it
         (KvSpeed(FASTER - 0.01, 1.0), ("f16", "q8_0")),
         (KvSpeed(FASTER, 0.85), ("q8_0", "f16")),
     ],
@@ -152,7 +152,7 @@ def loaded(
 def test_memory_decides_where_speed_does_not(
     monkeypatch: pytest.MonkeyPatch, model: ResolvedModel
 ) -> None:
-    allowed, slow = Measuring(KvSpeed(1.05, 1.0)), Measuring(KvSpeed(0.5, 1.0))
+    allowed, slow = Measuring(KvSpeed(1.09, 1.0)), Measuring(KvSpeed(0.5, 1.0))
     automatic = Automatic(context=True, kv_type=True)
     assert loaded(allowed, model, automatic) == ("f16", ())
     whole = MemoryLedger(tuple(allowed.predict_memory(model.files, model.config, SETTINGS))).total()

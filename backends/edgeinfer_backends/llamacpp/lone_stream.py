@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import BLOCK_TOKENS
 from edgeinfer.errors import StepFailed
 from edgeinfer_backends.llamacpp.library import native_log
-from edgeinfer_backends.llamacpp.raw_bytes import address_of, unfilled_bytes
 from edgeinfer_backends.llamacpp.streams import PrivateStreams
 
 if TYPE_CHECKING:
@@ -41,11 +40,9 @@ class LoneStream(PrivateStreams):
 
     def _rows(self, sequence: int, start: int, stop: int, found: Bytes | None = None) -> Bytes:
         self._check_sequence(sequence)
-        # LLAMA_API void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id seq_id_src,
-        #     llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1): unified cache, no data moves
-        self._lib.llama_memory_seq_cp(self._memory, _OWN, _PART, start, stop)
+        self._copy(_OWN, _PART, start, stop)
         try:
-            return self._form.rows(self._part(), 0, 0, stop - start, found)
+            return self._form.rows(self._native_state(_PART), 0, 0, stop - start, found)
         finally:
             self._lib.llama_memory_seq_rm(self._memory, _PART, -1, -1)
 
@@ -57,16 +54,6 @@ class LoneStream(PrivateStreams):
             self._lib.llama_memory_seq_rm(self._memory, _OWN, begin, end)
             self._put(rows, begin, end)
 
-    def _part(self) -> bytes:
-        """The state of _PART."""
-        lib = self._lib
-        num_bytes = lib.llama_state_seq_get_size(self._ctx, _PART)
-        data = unfilled_bytes(num_bytes)
-        written = lib.llama_state_seq_get_data(self._ctx, address_of(data, 0), num_bytes, _PART)
-        if written != num_bytes:
-            raise StepFailed(f"llama.cpp wrote {written} of {num_bytes} bytes of a part's state")
-        return data
-
     def _put(self, rows: Bytes, start: int, stop: int) -> None:
         """Positions [start, stop), into the first free cells. Only rows that are known to be right."""
         self._row_to_batch = []
@@ -75,6 +62,6 @@ class LoneStream(PrivateStreams):
             if self._set_state(state, _PART, 0, len(state)) != len(state):
                 reason = native_log.reason() or "no reason given"
                 raise StepFailed(f"llama.cpp took back no part of a sequence: {reason}")
-            self._lib.llama_memory_seq_cp(self._memory, _PART, _OWN, start, stop)
+            self._copy(_PART, _OWN, start, stop)
         finally:
             self._lib.llama_memory_seq_rm(self._memory, _PART, -1, -1)

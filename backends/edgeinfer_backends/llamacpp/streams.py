@@ -313,7 +313,12 @@ class PrivateStreams(LlamaCppRuntime):
         """Of llama.cpp, for what is in the cache."""
         if self._read is not None and self._read[0] == sequence:
             return self._read[1]
-        lib, native = self._lib, self._ids[sequence]
+        data = self._native_state(self._ids[sequence])
+        self._read = (sequence, data)
+        return data
+
+    def _native_state(self, native: int) -> bytes:
+        lib = self._lib
         # LLAMA_API size_t llama_state_seq_get_size(struct llama_context * ctx, llama_seq_id seq_id)
         num_bytes = lib.llama_state_seq_get_size(self._ctx, native)
         data = unfilled_bytes(num_bytes)
@@ -322,7 +327,6 @@ class PrivateStreams(LlamaCppRuntime):
         written = lib.llama_state_seq_get_data(self._ctx, address_of(data, 0), num_bytes, native)
         if written != num_bytes:
             raise StepFailed(f"llama.cpp wrote {written} of {num_bytes} bytes of a sequence's state")
-        self._read = (sequence, data)
         return data
 
     def _write(self, sequence: int, state: bytes) -> None:
