@@ -241,9 +241,11 @@ class Runtime(ABC):
     def create_sampler(self, params: SamplingParams, seed: int) -> Sampler: ...
 
     @abstractmethod
-    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+    def sample(self, row: int | Logits, sampler: Sampler, mask: bytes | None = None) -> int:
         """Draw the next token from a row and count it into the sampler's history.
 
+        row: of the last step; or logits, as `logits` gave them, that a copy was kept of. What is drawn
+        is the same.
         mask: one bit per token id, least significant bit first, ceil(vocab_size / 8) bytes or more;
         tokens whose bit is 0 cannot be drawn. A mask that allows nothing is a ValueError.
         """

@@ -80,6 +80,12 @@ class ReferenceSampler:
         self._history.append(token)
         return token
 
+    def checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits that somebody kept. Raises ValueError if they are of another vocabulary."""
+        if logits.shape != (self._vocab_size,):
+            raise ValueError(f"logits of shape {logits.shape} for a vocabulary of {self._vocab_size}")
+        return logits
+
     def _pick(self, probabilities: Array) -> int:
         candidates = np.flatnonzero(probabilities)
         running = np.cumsum(probabilities[candidates])

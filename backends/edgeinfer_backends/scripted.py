@@ -216,12 +216,15 @@ class ScriptedRuntime(Runtime):
     def create_sampler(self, params: SamplingParams, seed: int) -> Sampler:
         return ReferenceSampler(params, seed, self._facts.vocab_size)
 
-    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+    def sample(
+        self, row: int | npt.NDArray[np.float32], sampler: Sampler, mask: bytes | None = None
+    ) -> int:
         if not isinstance(sampler, ReferenceSampler):
             raise ValueError(f"a {type(sampler).__name__} is not a sampler of this runtime")
         if mask is not None:
             self._require("token_masks")
-        return sampler.draw(self.logits(row), mask)
+        logits = self.logits(row) if isinstance(row, int) else sampler.checked(row)
+        return sampler.draw(logits, mask)
 
     def set_threads(self, threads: int, threads_batch: int) -> None:
         if threads < 0 or threads_batch < 0:

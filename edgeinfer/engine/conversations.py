@@ -44,8 +44,14 @@ class _View:
         return len(self.tokens) - 1
 
     def usable(self, known: int) -> int:
-        """Of a beginning that is known."""
+        """Of a beginning that is known, without the logits at its end."""
         return known if known < self.limit else min(known, len(self.tokens) - self.read_again)
+
+    def is_ended_by(self, idle: LiveSequence, common: int) -> bool:
+        """Whether the logits after it are known: it was the prompt of a sequence that begins as it does
+        for `common` tokens."""
+        end = idle.prompt_end
+        return end is not None and end.num_tokens == len(self.tokens) == common
 
     def is_continued_by(self, num_cells: int) -> bool:
         """Whether a sequence that holds the first `num_cells` tokens is past the gap."""
@@ -189,6 +195,7 @@ class Conversations:
             if known.idle_length < len(live.tokens):
                 runtime.rewind(live.handle, known.idle_length)
             running.handle, running.num_computed = live.handle, known.idle_length
+            running.prompt_end = live.prompt_end if running.is_all_computed else None
             running.cache_tier = "live"
             return
         if live is not None:
@@ -227,7 +234,9 @@ class Conversations:
         for idle in self.idle:
             if idle.root != view.root:
                 continue
-            shared = view.usable(min(common_length(idle.tokens, view.tokens), view.limit))
+            shared = common_length(idle.tokens, view.tokens)
+            if len(view.tokens) > self._window.size or not view.is_ended_by(idle, shared):
+                shared = view.usable(min(shared, view.limit))
             if shared < len(idle.tokens) and not self._facts.can.rewind:
                 continue  # its tail cannot be taken off again
             if shared > length:
@@ -294,7 +303,7 @@ class Conversations:
         """An ended request's sequence rests in the KV cache."""
         assert running.handle is not None
         tokens = running.tokens[: running.num_computed]
-        self.idle.append(LiveSequence(running.handle, tokens, running.gap))
+        self.idle.append(LiveSequence(running.handle, tokens, running.gap, running.prompt_end))
         running.handle = None
 
     def pin(self, running: RunningRequest) -> int:

@@ -43,7 +43,7 @@ from edgeinfer.engine.request import (
     Usage,
 )
 from edgeinfer.engine.scheduler import Demand, Limits, plan
-from edgeinfer.engine.sequence import RunningRequest
+from edgeinfer.engine.sequence import PromptEnd, RunningRequest
 from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import (
@@ -265,13 +265,22 @@ class Engine:
         self._admit()
         if not self._events:
             self._make_room()
-            if self._num_embedding and (embedding := self._next_embedding()) is not None:
+            if known := [running for running in self._running if running.is_all_computed]:
+                self._begin_answers(known)
+            elif self._num_embedding and (embedding := self._next_embedding()) is not None:
                 self._embed(embedding)
             elif chosen := self._plan():
                 self._forward(chosen)
                 self._tell_texts()
         events, self._events = self._events, []
         return events
+
+    def _begin_answers(self, known: list[RunningRequest]) -> None:
+        """The first tokens of answers to prompts whose logits were kept: no step is needed."""
+        for running in known:
+            if running.prompt_end is not None:
+                self._sample(running, running.prompt_end.logits)
+        self._tell_texts()
 
     def _make_room(self) -> None:
         for running in [r for r in self._running if r.streams and len(r.tokens) > self.window.size]:
@@ -354,9 +363,18 @@ class Engine:
             prefilling = running.prompt_left > 0
             running.num_computed += count
             if result.counts[index]:
+                if not running.is_decoding and self._repeats(running, count):
+                    logits = self.runtime.logits(result.starts[index]).copy()
+                    running.prompt_end = PromptEnd(len(running.tokens), logits)
                 self._sample(running, result.starts[index])
             elif prefilling and not running.is_decoding:
                 self._events.append((running.key, running.prefilled()))
+
+    def _repeats(self, running: RunningRequest, count: int) -> bool:
+        """Whether a prompt's logits, of a last piece of `count` tokens, are those it would have again if
+        it were read afresh: see RuntimeFacts on large and small steps."""
+        stable = self.runtime.facts.stable_chunk_tokens
+        return count >= stable or running.num_prompt < stable
 
     # -- embeddings ------------------------------------------------------------------------------
 
@@ -426,8 +444,9 @@ class Engine:
 
     # -- answering -------------------------------------------------------------------------------
 
-    def _sample(self, running: RunningRequest, row: int) -> None:
-        """Draw one token; ends the request where it ends. Its text may be worked out later."""
+    def _sample(self, running: RunningRequest, row: int | Logits) -> None:
+        """Draw one token, from a row of the last step or one that was kept; ends the request where it
+        ends. Its text may be worked out later."""
         runtime, request = self.runtime, running.request
         assert running.sampler is not None
         try:
@@ -451,7 +470,8 @@ class Engine:
             self._events += self._end(running, "finished", "stop")
             return
         if request.logprobs is not None:  # not of an end token, whose text is not in the answer
-            running.untold_logprobs.append(self._logprob(runtime.logits(row), token, request.logprobs))
+            logits = runtime.logits(row) if isinstance(row, int) else row
+            running.untold_logprobs.append(self._logprob(logits, token, request.logprobs))
         running.append(token)
         size = self.window.size
         reason: FinishReason | None = running.length_reason(size)
@@ -472,7 +492,7 @@ class Engine:
         return running.matcher is not None and running.matcher.is_over
 
     def _sample_within(
-        self, running: RunningRequest, matcher: Matcher, sampler: Sampler, row: int
+        self, running: RunningRequest, matcher: Matcher, sampler: Sampler, row: int | Logits
     ) -> int:
         """Draw one token of a constrained answer. Raises RequestFailed, StepFailed, ValueError."""
         runtime = self.runtime

@@ -22,7 +22,16 @@ from edgeinfer.engine.request import (
 )
 
 if TYPE_CHECKING:
+    from edgeinfer.backend import Logits
     from edgeinfer_models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEnd:
+    """The logits after a prompt, and what is in the cells where they hold: its `num_tokens` tokens."""
+
+    num_tokens: int
+    logits: Logits
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +54,7 @@ class RunningRequest:
     num_prefilled: int = 0
     gap: Gap | None = None
     newly_evicted: int = 0
+    prompt_end: PromptEnd | None = None
     cache_tier: CacheTier = "none"
     handle: int | None = None  # the runtime's sequence
     sampler: Sampler | None = None
@@ -78,6 +88,11 @@ class RunningRequest:
         return max(0, self.num_prompt - self.num_computed)
 
     @property
+    def is_all_computed(self) -> bool:
+        """Whether its next token is drawn from what `prompt_end` has, and nothing need be run for it."""
+        return self.num_computed == len(self.tokens)
+
+    @property
     def is_decoding(self) -> bool:
         return bool(self.answered)
 
@@ -109,6 +124,7 @@ class RunningRequest:
         """The cells are to hold `tokens`, of which none is in them yet."""
         self.tokens, self.gap = tokens, gap
         self.num_computed = 0
+        self.prompt_end = None
         self.num_prompt = self.num_read = len(tokens)
 
     def drop(self, gap: Gap, count: int) -> None:
@@ -116,6 +132,7 @@ class RunningRequest:
         assert self.num_read == len(self.tokens), "their text was not worked out"
         del self.tokens[gap.head : gap.head + count]
         self.gap = gap
+        self.prompt_end = None
         self.num_computed -= count
         self.num_prompt = max(0, self.num_prompt - count)
         self.num_read = len(self.tokens)
@@ -182,6 +199,7 @@ class LiveSequence:
     handle: int
     tokens: list[int]
     gap: Gap | None = None
+    prompt_end: PromptEnd | None = None
     is_saved: bool = False  # as much of it as may be is in host memory too
 
     @property

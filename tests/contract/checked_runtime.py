@@ -56,7 +56,9 @@ class CheckedRuntime(Runtime):
     def create_sampler(self, params: SamplingParams, seed: int) -> Sampler:
         return self.inner.create_sampler(params, seed)
 
-    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+    def sample(
+        self, row: int | npt.NDArray[np.float32], sampler: Sampler, mask: bytes | None = None
+    ) -> int:
         return self.inner.sample(row, sampler, mask)
 
     def set_threads(self, threads: int, threads_batch: int) -> None:

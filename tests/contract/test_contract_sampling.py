@@ -32,7 +32,8 @@ class Prompted:
 
     def __init__(self, runtime: CheckedRuntime) -> None:
         self.runtime = runtime
-        self.logits = feed(runtime, runtime.open(), some_tokens(runtime, 20))
+        self.sequence = runtime.open()
+        self.logits = feed(runtime, self.sequence, some_tokens(runtime, 20))
         self.ranked = [int(t) for t in np.argsort(-self.logits, kind="stable")]
 
     def draws(
@@ -125,6 +126,31 @@ def test_draws_follow_the_reference_distribution(row: Prompted) -> None:
     expected = reference.distribution(row.logits, params)
     drawn = np.bincount(row.draws(params, 4000), minlength=len(expected)) / 4000
     assert np.all(np.abs(drawn - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, HOT, SamplingParams(), SamplingParams(repeat_penalty=1.5, logit_bias=((3, 5.0),))],
+    ids=["greedy", "hot", "defaults", "penalties and a bias"],
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["any token", "masked"])
+def test_a_kept_row_is_drawn_from_as_the_row_was(
+    row: Prompted, params: SamplingParams, masked: bool
+) -> None:
+    runtime, kept = row.runtime, row.logits.copy()
+    mask = mask_of(row.ranked[1::2], len(kept)) if masked else None
+    expected = row.draws(params, 20, seed=7, mask=mask)
+    feed(runtime, row.sequence, [5])  # the row is gone
+    sampler = runtime.create_sampler(params, 7)
+    assert [runtime.sample(kept, sampler, mask) for _ in range(20)] == expected
+    assert np.array_equal(kept, row.logits)
+
+
+def test_a_row_of_another_vocabulary_is_refused(row: Prompted) -> None:
+    sampler = row.runtime.create_sampler(HOT, 1)
+    for shape in ((len(row.logits) - 1,), (len(row.logits) + 1,), (1, len(row.logits)), (0,)):
+        with pytest.raises(ValueError):
+            row.runtime.sample(np.zeros(shape, dtype=np.float32), sampler)
 
 
 # -- cuts ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from edgeinfer.backend import Runtime, RuntimeSettings, Step, StepResult
+from edgeinfer.constraint import Constraint
 from edgeinfer.engine.engine import FIRST_SLICE, Engine
 from edgeinfer.engine.request import Ended, Event, Prefilled, Request, RunStats, Started, Text
 from edgeinfer.engine.tuner import Tuner
@@ -297,14 +298,69 @@ def test_without_host_memory_an_idle_conversation_is_forgotten() -> None:
         assert driver.stats(key).usage.cached_tokens == 0
 
 
-def test_regenerating_an_answer_reuses_the_prompt() -> None:
-    driver = Driver(make_engine())
+def test_regenerating_an_answer_runs_no_step_before_its_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
+    driver = Driver(engine)
+    steps: list[Step] = []
+    forward = engine.runtime.forward
+    monkeypatch.setattr(engine.runtime, "forward", lambda step: (steps.append(step), forward(step))[1])
     prompt = tokens_of(3, 300)
     for key in (1, 2):
-        driver.submit(key, asked(prompt, 40))
+        driver.submit(key, asked(prompt, 40, logprobs=2))
         driver.run()
+        told = [e for e in driver.events[key] if not isinstance(e, Prefilled)]
+        steps_of_key = len(steps)
     assert driver.answer(1) == driver.answer(2)
-    assert driver.stats(2).usage.cached_tokens == 299
+    assert driver.stats(2).usage.cached_tokens == 300
+    assert [len(step.parts[0].tokens) for step in steps] == [256, 44, *[1] * 39, *[1] * 39]
+    assert steps_of_key == 2 + 2 * 39
+    assert isinstance(told[0], Started) and isinstance(told[1], Text)
+    assert texts_with_logprobs(driver, 1) == texts_with_logprobs(driver, 2)
+
+
+def texts_with_logprobs(driver: Driver, key: int) -> list[object]:
+    return [entry for e in driver.events[key] if isinstance(e, Text) for entry in e.logprobs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": SamplingParams(seed=5)},
+        {"sampling": SamplingParams(seed=5, repeat_penalty=1.3, dry_multiplier=1.0)},
+        {
+            "constraint": Constraint("regex", "[a-f]{4,9}x"),
+            "sampling": SamplingParams(seed=5),
+            "ignore_eos": False,
+        },
+    ],
+    ids=["drawn", "penalties", "constrained"],
+)
+def test_a_regenerated_answer_is_the_one_that_was_given(options: dict[str, object]) -> None:
+    driver = Driver(make_engine())
+    prompt = tokens_of(3, 300)
+    for key in (1, 2, 3):
+        if key == 3:  # from host memory, where no logits are
+            driver.submit(9, asked(tokens_of(4, 100)))
+            driver.run()
+        driver.submit(key, asked(prompt, 30, **options))
+        driver.run()
+    assert driver.answer(1) == driver.answer(2) == driver.answer(3)
+    assert driver.stats(2).usage.cached_tokens == 300
+    assert driver.stats(3).usage.cached_tokens == 299
+
+
+def test_kept_logits_are_used_for_their_own_prompt_only() -> None:
+    driver = Driver(make_engine())
+    prompt = tokens_of(3, 300)
+    begun = [prompt, [*prompt, 97], prompt[:200], prompt[:200], [*prompt[:200], 98], prompt]
+    for key, tokens in enumerate(begun):
+        driver.submit(key, asked(tokens, 1 + key % 2))
+        driver.run()
+        assert driver.answer(key) == alone(tokens, 1 + key % 2)
+    cached = [driver.stats(key).usage.cached_tokens for key in range(len(begun))]
+    assert cached == [0, 300, 199, 200, 200, 299]  # the last from host memory
 
 
 def test_requests_that_run_together_answer_as_if_alone() -> None:

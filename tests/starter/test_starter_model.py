@@ -14,7 +14,7 @@ import pytest
 from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
 from edgeinfer.client import LocalClient, Message, OpenOptions, Request, Text, local
 from edgeinfer.engine.engine import Engine
-from edgeinfer.engine.request import Ended
+from edgeinfer.engine.request import Ended, TokenLogprob
 from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.engine.window import Window
 from edgeinfer.machine.gpus import Gpu
@@ -183,6 +183,32 @@ def test_a_restored_conversation_answers_as_if_it_had_never_left(engine: Engine)
     assert after.cache.tier == "memory"
     assert after.usage.cached_tokens == len(first) - 64  # read as a prompt is
     assert after.text == before.text
+
+
+def test_a_prompt_asked_again_is_answered_from_the_logits_it_had(engine: Engine) -> None:
+    """The same bits live and from host memory; and not from those of a prompt whose end was read in a
+    small step, which is not how it is read afresh."""
+    prompt = text_tokens(engine, 0, 1500)
+    longer = [*prompt, *text_tokens(engine, 3000, 40)]
+    asked: dict[int, tuple[list[int], list[TokenLogprob], int]] = {}
+
+    def ask(key: int, tokens: list[int]) -> None:
+        request = Request(tokens=tuple(tokens), max_tokens=12, sampling=GREEDY, ignore_eos=True)
+        engine.submit(key, replace(request, logprobs=3), tokens)
+        running = engine._waiting[0]
+        told: list[TokenLogprob] = []
+        while engine.has_work:
+            told += [p for _, e in engine.step() if isinstance(e, Text) for p in e.logprobs]
+        asked[key] = (running.answered, told, running.num_cached)
+
+    for key, tokens in enumerate((prompt, prompt, text_tokens(engine, 5000, 300), prompt)):
+        ask(key, tokens)
+    assert asked[0][:2] == asked[1][:2] == asked[3][:2]
+    assert [asked[key][2] for key in (0, 1, 3)] == [0, len(prompt), len(prompt) - 64]
+    for key in (4, 5, 6):
+        ask(key, longer)
+    assert asked[5][:2] == asked[6][:2]
+    assert [asked[key][2] for key in (4, 5, 6)] == [len(prompt), len(longer) - 64, len(longer)]
 
 
 def test_a_prompt_is_aborted_inside_a_step(starter: Path) -> None:

@@ -397,10 +397,10 @@ class LlamaCppRuntime(Runtime):
     def create_sampler(self, params: SamplingParams, seed: int) -> LlamaSampler:
         return LlamaSampler(params, seed, self._native.vocab, self._vocab_size)
 
-    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+    def sample(self, row: int | Logits, sampler: Sampler, mask: bytes | None = None) -> int:
         if not isinstance(sampler, LlamaSampler) or sampler.chain is None:
             raise ValueError("the sampler is closed or belongs to another backend")
-        logits = self.logits(row)
+        logits = self.logits(row) if isinstance(row, int) else self._checked_logits(row)
         best = int(logits.argmax())
         if not math.isfinite(logits[best]):
             # samplers abort the process on NaN; a damaged file is the usual cause
@@ -414,13 +414,15 @@ class LlamaCppRuntime(Runtime):
                     logits[biased] += bias
                 best = int(logits.argmax())
             return best
+        if not isinstance(row, int):
+            return self._sample_among(self._np.arange(self._vocab_size), logits, sampler)
         # LLAMA_API llama_token llama_sampler_sample(struct llama_sampler * smpl,
         #     struct llama_context * ctx, int32_t idx): applies the chain, accepts the token
         token: int = self._lib.llama_sampler_sample(sampler.chain, self._ctx, self._row_to_batch[row])
         return token
 
     def _sample_masked(self, logits: Logits, sampler: LlamaSampler, mask: bytes) -> int:
-        np, lib = self._np, self._lib
+        np = self._np
         if len(mask) * 8 < self._vocab_size:
             raise ValueError(f"a mask of {len(mask)} bytes for a vocabulary of {self._vocab_size}")
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
@@ -428,6 +430,17 @@ class LlamaCppRuntime(Runtime):
         allowed = allowed[np.isfinite(logits[allowed])]
         if allowed.size == 0:
             raise ValueError("the token mask allows nothing")
+        return self._sample_among(allowed, logits, sampler)
+
+    def _checked_logits(self, logits: Logits) -> Logits:
+        if logits.shape != (self._vocab_size,):
+            raise ValueError(f"logits of shape {logits.shape} for a vocabulary of {self._vocab_size}")
+        return logits
+
+    def _sample_among(
+        self, allowed: npt.NDArray[np.int64], logits: Logits, sampler: LlamaSampler
+    ) -> int:
+        np, lib = self._np, self._lib
         # llama_token_data: { llama_token id; float logit; float p; }
         data = np.zeros(allowed.size, dtype=[("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
         data["id"] = allowed

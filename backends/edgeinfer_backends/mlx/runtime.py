@@ -296,12 +296,12 @@ class MlxRuntime(Runtime):
     def create_sampler(self, params: SamplingParams, seed: int) -> Sampler:
         return ReferenceSampler(params, seed, self._facts.vocab_size)
 
-    def sample(self, row: int, sampler: Sampler, mask: bytes | None = None) -> int:
+    def sample(self, row: int | Logits, sampler: Sampler, mask: bytes | None = None) -> int:
         import numpy as np
 
         if not isinstance(sampler, ReferenceSampler):
             raise ValueError(f"a {type(sampler).__name__} is not a sampler of this runtime")
-        logits = self.logits(row)
+        logits = self.logits(row) if isinstance(row, int) else sampler.checked(row)
         if not np.isfinite(logits[logits.argmax()]):  # argmax finds a NaN first
             raise StepFailed("the model produced numbers that are not finite; is the file damaged?")
         return sampler.draw(logits, mask)
