@@ -27,11 +27,16 @@ from edgeinfer.engine.history import Gap, new_hash, token_bytes
 
 MAGIC = b"EDGEKV\x00\x02"
 BLOCK_SUFFIX, GAP_SUFFIX, PART_SUFFIX, PIN_SUFFIX = ".kv", ".gap", ".part", ".pin"
+PART_PREFIX = "edgeinfer-"
 KEY_BYTES = 16
+MOST_BLOCK_BYTES = 2**29  # of a payload, where nothing better is known of what it can be
 _PAYLOAD_DIGEST = 32  # SHA-256
 _HEAD = struct.Struct(f"<8s{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sBBHQ{_PAYLOAD_DIGEST}s")
 _MAX_GAP_BYTES = 4096
 _MAX_TOKEN = 2**31
+_PIECE = 2**20
+# Beside those of a plain file: no link is followed, and a pipe is not waited for.
+_OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
 
 class BlockInvalid(Exception):
@@ -87,7 +92,7 @@ def write_gap(folder: Path, gap: Gap) -> None:
 
 
 def _write_whole(folder: Path, name: str, parts: Sequence[bytes]) -> None:
-    descriptor, name_of_part = tempfile.mkstemp(dir=folder, suffix=PART_SUFFIX)
+    descriptor, name_of_part = tempfile.mkstemp(PART_SUFFIX, PART_PREFIX, folder)
     part = Path(name_of_part)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -109,20 +114,44 @@ def read_header(path: Path, identity: bytes) -> BlockHeader:
         return _read_header(file, path, identity)
 
 
-def read_block(path: Path, identity: bytes) -> tuple[BlockHeader, bytes]:
-    """The header and its payload, all of it checked. Raises BlockInvalid, OSError."""
+def read_block(
+    path: Path, identity: bytes, most_bytes: int = MOST_BLOCK_BYTES
+) -> tuple[BlockHeader, bytes]:
+    """The header and its payload, all of it checked. most_bytes: of a payload that can be one. Raises
+    BlockInvalid, OSError."""
     with _opened(path) as file:
         header = _read_header(file, path, identity)
+        if header.num_bytes > most_bytes:
+            raise BlockInvalid(f"its {header.num_bytes} bytes are more than a block can have")
         payload = _read(file, header.num_bytes)
     if hashlib.sha256(payload).digest() != header.digest:
         raise BlockInvalid("its contents are damaged")
     return header, payload
 
 
+def check_block(path: Path, identity: bytes) -> BlockHeader:
+    """As `read_block`, whatever its size: a piece at a time. Raises BlockInvalid, OSError."""
+    with _opened(path) as file:
+        header = _read_header(file, path, identity)
+        digest, left = hashlib.sha256(), header.num_bytes
+        while left:
+            piece = _read(file, min(left, _PIECE))
+            digest.update(piece)
+            left -= len(piece)
+    if digest.digest() != header.digest:
+        raise BlockInvalid("its contents are damaged")
+    return header
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Of a plain file, its first `most` bytes. Raises BlockInvalid, OSError."""
+    with _opened(path) as file:
+        return file.read(most)
+
+
 def read_gap(path: Path) -> Gap:
     """Raises BlockInvalid, OSError."""
-    with _opened(path) as file:
-        data = file.read(_MAX_GAP_BYTES)
+    data = read_small(path, _MAX_GAP_BYTES)
     try:
         found = json.loads(data)
         numbers = [found[name] for name in ("length", "head", "count")]
@@ -162,7 +191,7 @@ class _File:
 
 
 def _opened(path: Path) -> _File:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BlockInvalid("it is not a file")

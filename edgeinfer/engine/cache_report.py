@@ -11,15 +11,16 @@ from typing import Any
 
 from edgeinfer.engine.block_files import (
     BLOCK_SUFFIX,
-    KEY_BYTES,
+    PART_PREFIX,
     PART_SUFFIX,
     PIN_SUFFIX,
     BlockInvalid,
-    read_block,
+    check_block,
     read_gap,
     read_header,
+    read_small,
 )
-from edgeinfer.engine.disk_cache import CACHE_NAME, IDENTITY_FILE, stored_blocks
+from edgeinfer.engine.disk_cache import CACHE_NAME, IDENTITY_FILE, identity_folders, stored_blocks
 
 _MAX_IDENTITY_BYTES = 64 * 1024
 
@@ -50,9 +51,10 @@ class Verdict:
 def cached_models(root: Path) -> list[CachedModel]:
     """Most recently used first. Damaged files are not counted."""
     found = []
+    all_blocks = stored_blocks(root)
     for folder in identity_folders(root):
         words = _description(folder)
-        blocks = [block for block in stored_blocks(root) if block.path.parent == folder]
+        blocks = [block for block in all_blocks if block.path.parent == folder]
         tokens = 0
         for block in blocks:
             with contextlib.suppress(BlockInvalid, OSError):
@@ -81,7 +83,7 @@ def verify(root: Path, progress: Callable[[float], None] = lambda _: None) -> Ve
         progress(index / len(files))
         try:
             if path.name.endswith(BLOCK_SUFFIX):
-                num_bytes += read_block(path, bytes.fromhex(path.parent.name))[0].num_bytes
+                num_bytes += check_block(path, bytes.fromhex(path.parent.name)).num_bytes
             else:
                 read_gap(path)
             checked += 1
@@ -102,7 +104,11 @@ def clear(root: Path, model: str | None = None) -> int:
     for folder in identity_folders(root):
         if model is not None and model not in (_description(folder).get("model"), folder.name):
             continue
-        own = (*_files(folder), *folder.glob(f"*{PIN_SUFFIX}"), *folder.glob(f"*{PART_SUFFIX}"))
+        own = (
+            *_files(folder),
+            *folder.glob(f"*{PIN_SUFFIX}"),
+            *folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"),
+        )
         for entry in (*own, folder / IDENTITY_FILE):
             with contextlib.suppress(OSError):
                 size = entry.lstat().st_size
@@ -113,21 +119,6 @@ def clear(root: Path, model: str | None = None) -> int:
     return freed
 
 
-def identity_folders(root: Path) -> list[Path]:
-    """Only what is named as ours: a folder that was chosen may hold other things."""
-    try:
-        entries = sorted(root.iterdir())
-    except OSError:
-        return []
-    return [
-        path for path in entries if _is_identity(path.name) and path.is_dir() and not path.is_symlink()
-    ]
-
-
-def _is_identity(name: str) -> bool:
-    return len(name) == 2 * KEY_BYTES and all(c in "0123456789abcdef" for c in name)
-
-
 def _files(folder: Path) -> Iterator[Path]:
     """Blocks and gaps, as they are named; whatever else is there is not ours."""
     return (path for path in folder.iterdir() if CACHE_NAME.fullmatch(path.name))
@@ -135,8 +126,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _description(folder: Path) -> dict[str, Any]:
     try:
-        with (folder / IDENTITY_FILE).open("rb") as file:
-            found = json.loads(file.read(_MAX_IDENTITY_BYTES))
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_small(folder / IDENTITY_FILE, _MAX_IDENTITY_BYTES))
+    except (BlockInvalid, OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

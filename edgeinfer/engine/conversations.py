@@ -153,12 +153,14 @@ class Conversations:
         for gap in (*(idle.gap for idle in self.idle), *(running.gap for running in others)):
             if gap is not None:
                 gaps[gap.key] = gap
-        views = [whole, *(_View(gap.cells(prompt), gap) for gap in gaps_within(prompt, gaps.values()))]
         best, most = None, 0
-        for view in views:
+        for gap in (None, *reversed(gaps_within(prompt, gaps.values()))):
+            head = self._evictor.head(running) if gap is None else gap.head
+            count = 0 if gap is None else gap.count
+            if head + len(prompt) - count - self._facts.context > self._window.size:
+                continue  # too much is left even if all cells there are were full of it
+            view = whole if gap is None else _View(gap.cells(prompt), gap)
             known = self._find(view, others).length
-            head = self._evictor.head(running) if view.gap is None else view.gap.head
-            count = view.gap.count if view.gap is not None else 0
             left = len(view.tokens) - known
             is_usable = (
                 known >= head
@@ -216,7 +218,8 @@ class Conversations:
         return _Known(idle, idle_length, twin, twin_length, self._match(view).num_tokens)
 
     def _match(self, view: _View) -> Match:
-        match = self.prefixes.match(view.tokens[: view.limit], view.root)
+        limit = min(view.limit, self._facts.context)  # it may have been kept where that was larger
+        match = self.prefixes.match(view.tokens[:limit], view.root)
         usable = view.usable(match.num_tokens)
         if usable == match.num_tokens:
             return match
@@ -346,8 +349,8 @@ class Conversations:
         """Who needs its cells shall have them: what cannot be copied will be read again."""
         try:
             self._save(idle)
-        except EdgeInferError as error:
-            log.warning("a conversation was not kept in the prompt cache: %s", error)
+        except (EdgeInferError, MemoryError) as error:
+            log.warning("a conversation was not kept in the prompt cache: %r", error)
 
     def _is_worth_a_file(self, num_tokens: int) -> bool:
         """Whether reading so many tokens took clearly longer than restoring them will."""
@@ -377,7 +380,7 @@ class Conversations:
             self.prefixes.refresh()
             try:
                 self._save(idle, most_blocks=1)
-            except EdgeInferError:  # whoever needs its cells will be told
+            except (EdgeInferError, MemoryError):  # whoever needs its cells will be told
                 idle.is_saved = True
         return idle is not None
 

@@ -5,7 +5,7 @@
         identity.json      the same in words, for `edgeinfer cache list`
         KEY.kv             a block;  KEY.pin beside it: it stays
         KEY.gap            what an evicted conversation holds no more
-        ….part             being written
+        edgeinfer-….part   being written
 
 No locks: files are moved into place whole, two writers of one key write the same bytes, and a file that
 somebody else removed is a miss. The least recently used go first, by their modification time; a clock
@@ -32,6 +32,8 @@ from edgeinfer.engine.block_files import (
     BLOCK_SUFFIX,
     GAP_SUFFIX,
     KEY_BYTES,
+    MOST_BLOCK_BYTES,
+    PART_PREFIX,
     PART_SUFFIX,
     PIN_SUFFIX,
     BlockHeader,
@@ -53,6 +55,9 @@ log = logging.getLogger("edgeinfer.cache")
 
 IDENTITY_FILE = "identity.json"
 CACHE_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}({BLOCK_SUFFIX}|{GAP_SUFFIX})")
+_IDENTITY_NAME = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
+_PART_NAME = re.compile(rf"{PART_PREFIX}\w+{PART_SUFFIX}")
+DEEPER_S = 0.001  # see `touch`
 UNFINISHED_S = 3600.0  # a writer that takes longer was killed
 FRESH_NS = 50_000_000  # of a folder's time of change, within which another change may not show
 SPARE_BYTES = 2**29  # of the disk, left to others
@@ -98,7 +103,8 @@ class _Write:
 class DiskCache:
     """The blocks of one identity, and room for them among all. A thread of its own writes them.
 
-    is_busy(): whether a request runs, which a write would slow down.
+    most_block_bytes: of a payload; larger ones are no blocks. is_busy(): whether a request runs, which
+    a write would slow down.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class DiskCache:
         capacity: int,
         *,
         name: str = "",
+        most_block_bytes: int = MOST_BLOCK_BYTES,
         is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._root = folder
@@ -115,6 +122,7 @@ class DiskCache:
         self._folder = folder / self._identity.hex()
         self._description = {"model": name, **identity}
         self.capacity = capacity
+        self._most_block_bytes = most_block_bytes
         self._is_busy = is_busy
         self._names: set[str] = set()
         self._seen_ns = -1
@@ -123,7 +131,7 @@ class DiskCache:
         self._problems: deque[str] = deque(maxlen=8)
         self._waiting: deque[_Write] = deque()
         self._waiting_bytes = 0
-        self._waiting_keys: set[bytes] = set()
+        self._waiting_keys: dict[bytes, float] = {}  # and when each was used
         self._wake = threading.Condition()
         self._is_closing = False
         self._paused_until = 0.0
@@ -234,14 +242,15 @@ class DiskCache:
     def _read(self, key: bytes) -> bytes | None:
         path = self._folder / block_name(key)
         try:
-            header, payload = read_block(path, self._identity)
+            header, payload = read_block(path, self._identity, self._most_block_bytes)
         except BlockInvalid as error:
             self._remove_bad(path, str(error))
             return None
         except FileNotFoundError:  # somebody made room, or cleared it
             return None
-        except OSError as error:
-            self.report(f"a block of the prompt cache could not be read: {error.strerror or error}")
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or repr(error)
+            self.report(f"a block of the prompt cache could not be read: {reason}")
             return None
         return payload if header.key == key else None
 
@@ -251,10 +260,21 @@ class DiskCache:
             self._removed.add(block_name(key))
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """They were used just now."""
-        for key in keys:
-            with contextlib.suppress(OSError):
-                os.utime(self._folder / block_name(key))
+        """A conversation's blocks, from its first, were used just now. Each is said to have been used a
+        little before the one in front of it: without that it is of no use, so it goes first."""
+        now = time.time()
+        for depth, key in enumerate(keys):
+            used = now - depth * DEEPER_S
+            with self._wake:
+                is_waiting = key in self._waiting_keys
+                if is_waiting:
+                    self._waiting_keys[key] = used
+            if not is_waiting:
+                self._set_used(key, used)
+
+    def _set_used(self, key: bytes, used: float) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self._folder / block_name(key), (used, used))
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -277,7 +297,7 @@ class DiskCache:
             if self._is_closing or self._waiting_bytes + len(payload) > MOST_WAITING_BYTES:
                 return False
             self._waiting.append(_Write(key, parent, is_first, tokens, payload, gap, instead_of))
-            self._waiting_keys.add(key)
+            self._waiting_keys[key] = time.time()
             self._waiting_bytes += len(payload)
             self._wake.notify_all()
         if self._writer is None:
@@ -339,7 +359,7 @@ class DiskCache:
                 for _ in range(len(self._waiting) if failed else 1):
                     done = self._waiting.popleft()
                     self._waiting_bytes -= len(done.payload)
-                    self._waiting_keys.discard(done.key)
+                    self._waiting_keys.pop(done.key, None)
                 self._wake.notify_all()
 
     def _await_rest(self) -> None:
@@ -350,9 +370,9 @@ class DiskCache:
     def _write(self, job: _Write) -> None:
         """Raises OSError."""
         path = self._folder / block_name(job.key)
+        used = self._waiting_keys[job.key]
         if path.exists():
-            with contextlib.suppress(OSError):
-                os.utime(path)
+            self._set_used(job.key, used)
             return
         self._make_folder()
         if _free_bytes(self._folder) < len(job.payload) + SPARE_BYTES:
@@ -362,6 +382,7 @@ class DiskCache:
         write_block(
             self._folder, self._identity, job.key, job.parent, job.is_first, job.tokens, job.payload
         )
+        self._set_used(job.key, self._waiting_keys[job.key])
         for key in job.instead_of:
             if not (self._folder / (key.hex() + PIN_SUFFIX)).exists():
                 with contextlib.suppress(OSError):
@@ -392,12 +413,12 @@ class StoredBlock:
 def stored_blocks(root: Path) -> list[StoredBlock]:
     """All blocks of all identities, least recently used first."""
     found = []
-    for folder in _folders(root):
+    for folder in identity_folders(root):
         with contextlib.suppress(OSError):
             entries = list(os.scandir(folder))
             pins = {e.name.removesuffix(PIN_SUFFIX) for e in entries if e.name.endswith(PIN_SUFFIX)}
             for entry in entries:
-                if entry.name.endswith(BLOCK_SUFFIX):
+                if entry.name.endswith(BLOCK_SUFFIX) and CACHE_NAME.fullmatch(entry.name):
                     with contextlib.suppress(OSError):
                         status = entry.stat(follow_symlinks=False)
                         is_pinned = entry.name.removesuffix(BLOCK_SUFFIX) in pins
@@ -420,7 +441,7 @@ def make_room(root: Path, capacity: int) -> int:
                 with contextlib.suppress(OSError):
                     block.path.unlink()
                     removed += block.num_bytes
-    for folder in _folders(root):
+    for folder in identity_folders(root):
         _tidy(folder)
     return removed
 
@@ -433,9 +454,9 @@ def _tidy(folder: Path) -> None:
         for entry in os.scandir(folder):
             with contextlib.suppress(OSError):
                 changed = entry.stat(follow_symlinks=False).st_mtime
-                if entry.name.endswith(PART_SUFFIX) and abs(now - changed) > UNFINISHED_S:
+                if _PART_NAME.fullmatch(entry.name) and abs(now - changed) > UNFINISHED_S:
                     Path(entry.path).unlink()
-                elif entry.name.endswith(GAP_SUFFIX):
+                elif entry.name.endswith(GAP_SUFFIX) and CACHE_NAME.fullmatch(entry.name):
                     gaps.append((changed, entry.path))
         for _, path in sorted(gaps)[:-MOST_GAPS]:
             with contextlib.suppress(OSError):
@@ -451,8 +472,13 @@ def _free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _folders(root: Path) -> list[Path]:
+def identity_folders(root: Path) -> list[Path]:
+    """Only what is named as ours: a folder that was chosen may hold other things."""
     try:
-        return [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+        return sorted(
+            Path(entry.path)
+            for entry in os.scandir(root)
+            if _IDENTITY_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        )
     except OSError:
         return []

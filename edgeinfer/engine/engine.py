@@ -638,9 +638,12 @@ class Engine:
                 self.conversations.place(running, self._running)
                 if not running.request.embedding:
                     running.sampler = self._make_sampler(running)
-            except (EdgeInferError, ValueError) as error:
-                failure = error if isinstance(error, EdgeInferError) else EdgeInferError(str(error))
+            except Exception as error:  # whatever it is: nobody waits for an answer that never comes
                 self._running.append(running)
+                failure = error if isinstance(error, EdgeInferError) else EdgeInferError(str(error))
+                if not isinstance(error, EdgeInferError | ValueError):
+                    log.exception("a request was not begun")
+                    failure = RequestFailed(f"the engine failed: {error!r}")
                 self._events += self._end(running, "failed", "stop", failure)
                 continue
             self._running.append(running)

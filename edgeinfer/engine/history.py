@@ -67,7 +67,7 @@ def gap_of_shift(earlier: Gap | None, history: Sequence[int], head: int, count: 
     count += earlier.count if earlier is not None else 0
     key = history_key(history)
     numbers = token_bytes((len(history), head, count))
-    before = earlier.root if earlier is not None else ROOT
+    before = earlier.key if earlier is not None else ROOT
     root = new_hash(b"shift" + numbers + key + before).digest()
     return Gap(root, key, len(history), head, count)
 

@@ -10,7 +10,7 @@ goes first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edgeinfer.backend import BLOCK_TOKENS
@@ -35,7 +35,10 @@ class Block:
     @property
     def num_bytes(self) -> int:
         """Of memory."""
-        return 0 if self.payload is None else len(self.payload) + 8 * len(self.tokens)
+        return 0 if self.payload is None else self.size_of(self.payload)
+
+    def size_of(self, payload: bytes) -> int:
+        return len(payload) + 8 * len(self.tokens)
 
     @property
     def is_full(self) -> bool:
@@ -139,6 +142,7 @@ class PrefixCache:
         not there after all, and nothing after it."""
         from_disk = [block.key for block in blocks if block.payload is None]
         read = self.disk.read(from_disk) if self.disk is not None and from_disk else iter(())
+        path = {block.key for block in blocks}
         for block in blocks:
             payload = block.payload
             if payload is not None:
@@ -150,12 +154,19 @@ class PrefixCache:
                 yield None
                 return
             yield payload, True
-            if block.key in self._blocks and block.payload is None and self.capacity > 0:
-                block.payload = payload
-                self.num_bytes += block.num_bytes
-                self._in_memory[block.key] = None
+            if block.key in self._blocks and block.payload is None:
+                self._keep_if_it_fits(block, payload, path)
         self._touch_disk(blocks)
-        self._shrink()
+
+    def _keep_if_it_fits(self, block: Block, payload: bytes, path: Collection[bytes]) -> None:
+        """What was read from disk; what else is on the `path` stays."""
+        size = block.size_of(payload)
+        if size <= self.capacity:
+            self._shrink(size, path)
+        if self.num_bytes + size <= self.capacity:
+            block.payload = payload
+            self.num_bytes += size
+            self._in_memory[block.key] = None
 
     # -- keeping ---------------------------------------------------------------------------------
 
@@ -173,13 +184,14 @@ class PrefixCache:
         """Keep the sequence whose positions hold `tokens`; `snapshot(start, stop)` is called for the
         blocks not here yet, or the first `most_blocks` of them. gap: what it holds no more. to_disk: it
         is worth a file for each block, a last short one too if `with_tail`. Returns how many bytes were
-        added; 0 if it is here already, or does not fit at all."""
+        added; 0 if it is here already, or there is no place for it now."""
         to_disk = to_disk and self.disk is not None
         fits = self.capacity > 0 and len(tokens) * bytes_per_token <= self.capacity
         if not (to_disk or fits):
             return 0
-        added = 0
+        added: list[tuple[Block, int, bool]] = []  # with its size, and whether it will be on disk
         path: list[Block] = []
+        keys: set[bytes] = set()
         parent = ROOT if gap is None else gap.root
         if gap is not None:
             self._note(gap)
@@ -197,19 +209,23 @@ class PrefixCache:
                     break
                 block = Block(key, parent, part, snapshot(start, start + len(part)), start == 0)
                 shorter = self._add(block)
-                added += block.num_bytes
                 most_blocks = None if most_blocks is None else most_blocks - 1
-            else:
-                shorter = ()
-            if to_disk and (block.is_full or with_tail):
-                self._write(block, gap, shorter)
+                is_written = is_file and self._write(block, gap, shorter)
+                if not (fits or is_written):  # too much waits to be written, or the disk is full
+                    self._remove(block)
+                    break
+                added.append((block, block.num_bytes, is_written))
+            elif to_disk and (block.is_full or with_tail):
+                self._write(block, gap)
             path.append(block)
+            keys.add(key)
+            self._shrink(spared=keys)
             parent = key
         self._touch(path)
-        if to_disk and not added:
+        if to_disk:
             self._touch_disk(path)
         self._shrink()
-        return added
+        return sum(size for block, size, is_written in added if is_written or block.key in self._blocks)
 
     def path(self, tokens: Sequence[int], gap: Gap | None = None) -> list[Block]:
         """The blocks of a sequence that was stored."""
@@ -217,18 +233,23 @@ class PrefixCache:
 
     def forget(self, block: Block) -> None:
         """What a runtime refused is of no use to anybody, nor is what comes after it."""
-        for key in list(self._children.get(block.key, ())):
-            self.forget(self._blocks[key])
-        if self.disk is not None and block.is_on_disk:
-            self.disk.remove(block.key)
-        if block.key in self._blocks:
-            self._remove(block)
+        doomed = [block]
+        for each in doomed:  # it grows on the way
+            doomed += [self._blocks[key] for key in self._children.get(each.key, ())]
+        for each in reversed(doomed):
+            if self.disk is not None and each.is_on_disk:
+                self.disk.remove(each.key)
+            if each.key in self._blocks:
+                self._remove(each)
 
-    def _write(self, block: Block, gap: Gap | None, instead_of: tuple[bytes, ...]) -> None:
-        if self.disk is None or block.payload is None or block.is_on_disk:
-            return
-        if not self.disk.is_waiting(block.key):
-            self.disk.write(
+    def _write(self, block: Block, gap: Gap | None, instead_of: tuple[bytes, ...] = ()) -> bool:
+        """False if it will not be on disk."""
+        if self.disk is None or block.payload is None:
+            return False
+        return (
+            block.is_on_disk
+            or self.disk.is_waiting(block.key)
+            or self.disk.write(
                 block.key,
                 block.parent,
                 block.is_first,
@@ -237,6 +258,7 @@ class PrefixCache:
                 gap=gap,
                 instead_of=instead_of,
             )
+        )
 
     def clear(self) -> None:
         """Memory; what is on disk stays known."""
@@ -314,12 +336,14 @@ class PrefixCache:
 
     def _touch_disk(self, path: Sequence[Block]) -> None:
         if self.disk is not None:
-            self.disk.touch([block.key for block in reversed(path) if block.is_on_disk])
+            self.disk.touch([block.key for block in path])
 
-    def _shrink(self) -> None:
-        """What waits to be written is in memory anyway, and stays known until it is on disk."""
-        while self.num_bytes > self.capacity:
-            leaf = next((key for key in self._in_memory if self._may_leave(key)), None)
+    def _shrink(self, room: int = 0, spared: Collection[bytes] = ()) -> None:
+        """What waits to be written is in memory anyway, and stays known until it is on disk. room: bytes
+        to be free then. spared: blocks that stay."""
+        while self.num_bytes + room > self.capacity:
+            may_leave = (key for key in self._in_memory if key not in spared and self._may_leave(key))
+            leaf = next(may_leave, None)
             if leaf is None:
                 return
             self._leave_memory(self._blocks[leaf])

@@ -125,6 +125,7 @@ class RunningRequest:
         self.tokens, self.gap = tokens, gap
         self.num_computed = 0
         self.prompt_end = None
+        self._decode_step = None  # which names the sequence, and that may be another one now
         self.num_prompt = self.num_read = len(tokens)
 
     def drop(self, gap: Gap, count: int) -> None:

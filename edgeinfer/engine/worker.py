@@ -27,7 +27,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO
 
-from edgeinfer.backend import Runtime, RuntimeSettings
+from edgeinfer.backend import BLOCK_TOKENS, Runtime, RuntimeSettings
 from edgeinfer.constraint import Constraint
 from edgeinfer.engine.disk_cache import DiskCache
 from edgeinfer.engine.engine import Engine, Events
@@ -52,6 +52,7 @@ TELL_INTERVAL_S = 1 / 30
 SOON_S = 0.25
 REST_S = 0.03  # without a command before idle time is used
 SHUTDOWN_S = 1.0  # a step that cannot be interrupted is not waited for longer
+BLOCK_HEAD_BYTES = 2**20  # of a snapshot, beside its keys and values: more than it can have
 SAVE_S = 2.0  # longest that conversations are written to disk at the end
 PROMPT_END = 64  # characters of a prompt that are told back
 SHORT = 4096  # characters of a prompt that the intake thread tokenizes itself
@@ -272,6 +273,7 @@ class Worker:
             runtime.identity(),
             command["cache_disk_bytes"],
             name=command["files"]["name"],
+            most_block_bytes=2 * BLOCK_TOKENS * runtime.facts.kv_bytes_per_token + BLOCK_HEAD_BYTES,
             is_busy=is_busy,
         )
 

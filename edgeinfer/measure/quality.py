@@ -106,8 +106,11 @@ def _nll_of(logits: npt.NDArray[np.float32], following: Sequence[int]) -> Floats
     return found
 
 
-def chunk_of(runtime: Runtime) -> int:
-    return min(CHUNK, runtime.facts.max_logit_rows, runtime.facts.max_step_tokens)
+def chunk_of(runtime: Runtime, window: Window | None = None, head: int = 0) -> int:
+    """Tokens read at once: through a window no more than half of what may leave it, so that each of them
+    is read with something before it."""
+    most = min(CHUNK, runtime.facts.max_logit_rows, runtime.facts.max_step_tokens)
+    return most if window is None else min(most, max(1, (window.size - head) // 2))
 
 
 def stream(
@@ -119,7 +122,8 @@ def stream(
 
     if not runtime.facts.can.evict and len(tokens) > window.size:
         raise MeasureFailed(f"{runtime.facts.backend} cannot shift this model's KV cache")
-    head, chunk = window.head(0), chunk_of(runtime)
+    head = window.head(0)
+    chunk = chunk_of(runtime, window, head)
     sequence = runtime.open()
     parts: list[Floats] = []
     used: list[int] = []

@@ -101,7 +101,7 @@ def _ask(
     head = window.head(kept)
     tokens = [*text, *answer]
     first = len(text)  # of the answer
-    chunk = chunk_of(runtime)
+    chunk = chunk_of(runtime, window, head)
     sequence = runtime.open()
     total, whole = 0.0, True
     try:

@@ -16,6 +16,7 @@ import pytest
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine import block_files, disk_cache
+from edgeinfer.engine.cache_report import cached_models, clear, verify
 from edgeinfer.engine.disk_cache import DiskCache, make_room, stored_blocks
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.window import Window
@@ -382,12 +383,119 @@ def test_what_a_killed_writer_left_goes_in_time(folder: Path) -> None:
     with Process(folder) as talk:
         talk.ask(1, tokens_of(1, 300))
     (own,) = folder.iterdir()
-    for name, age in (("old.part", 10_000), ("new.part", 10)):
+    for name, age in (("edgeinfer-old.part", 10_000), ("edgeinfer-new.part", 10)):
         (own / name).write_bytes(b"half a block")
         os.utime(own / name, (time.time() - age,) * 2)
     make_room(folder, 2**30)
-    assert not (own / "old.part").exists()
-    assert (own / "new.part").exists()
+    assert not (own / "edgeinfer-old.part").exists()
+    assert (own / "edgeinfer-new.part").exists()
+
+
+def test_what_is_not_ours_in_a_folder_that_was_chosen_stays(folder: Path) -> None:
+    with Process(folder) as talk:
+        talk.ask(1, tokens_of(1, 700))
+    (own,) = folder.iterdir()
+    others = [folder / "a film", own]
+    names = ["film.part", "ui.kv", "notes.gap", "edgeinfer.part", f"{'f' * 32}.kv.bak"]
+    strange = [place / name for place in others for name in names]
+    strange.append(folder / "a film" / f"{'0' * 32}.kv")
+    (folder / "a film").mkdir()
+    for path in strange:
+        path.write_bytes(b"somebody's")
+        os.utime(path, (1.0, 1.0))
+    make_room(folder, 0)
+    assert not [path for path in own.glob("*.kv") if path not in strange]
+    assert all(path.exists() for path in strange)
+    clear(folder)
+    assert all(path.exists() for path in strange)
+
+
+def test_the_end_of_a_conversation_leaves_the_disk_before_its_beginning(folder: Path) -> None:
+    history = tokens_of(1, 700)
+    with Process(folder) as talk:
+        for turn in range(3):
+            history += talk.ask(turn, history)
+            history += tokens_of(10 + turn, 300)
+    blocks = stored_blocks(folder)
+    make_room(folder, sum(block.num_bytes for block in blocks) * 2 // 3)
+    left = len(stored_blocks(folder))
+    assert 1 < left < len(blocks)
+    with Process(folder) as talk:
+        talk.ask(1, history)
+        assert talk.num_prefilled(1) == len(history) - 256 * left
+
+
+def test_a_pipe_named_as_a_block_is_not_waited_for(folder: Path) -> None:
+    history = tokens_of(1, 700)
+    with Process(folder) as talk:
+        talk.ask(1, history)
+    (own,) = folder.iterdir()
+    os.mkfifo(own / f"{'0' * 32}.kv")
+    os.mkfifo(own / f"{'0' * 32}.gap")
+    (own / "identity.json").unlink()
+    os.mkfifo(own / "identity.json")
+    assert [model.model for model in cached_models(folder)] == ["unknown"]
+    with Process(folder) as talk:
+        talk.ask(1, [*history, 97])
+        assert talk.num_prefilled(1) < 10
+    assert not (own / f"{'0' * 32}.kv").exists()
+    verify(folder)
+
+
+def test_a_block_that_is_larger_than_a_block_can_be_is_not_read(folder: Path) -> None:
+    with Process(folder) as talk:
+        talk.ask(1, tokens_of(1, 700))
+        identity = talk.engine.runtime.identity()
+    (own,) = folder.iterdir()
+    tokens = (1, 2, 3)
+    key = block_files.block_key(b"", tokens)
+    block_files.write_block(own, bytes.fromhex(own.name), key, b"", True, tokens, bytes(10_000))
+    disk = DiskCache(folder, identity, 2**30, most_block_bytes=9_999)
+    assert list(disk.read([key])) == [None]
+    assert any("more than a block can have" in problem for problem in disk.take_problems())
+    assert not (own / block_files.block_name(key)).exists()
+
+
+def test_a_conversation_kept_in_a_larger_context_is_read_as_far_as_it_fits(folder: Path) -> None:
+    history = tokens_of(1, 900)
+    with Process(folder, context=1024) as talk:
+        history += talk.ask(1, history)
+    with Process(folder, context=512) as talk:
+        talk.ask(1, history)
+        assert not talk.stats(1).warnings or "not used" not in str(talk.stats(1).warnings)
+
+
+def test_what_cannot_be_written_is_not_copied_again_and_again(folder: Path) -> None:
+    """With no room in memory and a disk that takes nothing."""
+    with Process(folder, cache_bytes=0) as talk:
+        disk = talk.engine.conversations.prefixes.disk
+        assert disk is not None
+        disk._paused_until = time.monotonic() + 60
+        talk.ask(1, tokens_of(1, 2000))
+        steps = 0
+        while talk.engine.use_idle():
+            steps += 1
+            assert steps < 20
+        assert len(talk.engine.conversations.prefixes) == 0
+
+
+def test_memory_stays_within_its_bound_while_blocks_are_read_from_disk(folder: Path) -> None:
+    history = tokens_of(1, 3000)
+    with Process(folder) as talk:
+        talk.ask(1, history)
+    size = max(block.num_bytes for block in stored_blocks(folder))
+    with Process(folder, cache_bytes=3 * size) as talk:
+        prefixes = talk.engine.conversations.prefixes
+        prefixes.refresh()
+        most = 0
+        for found in prefixes.payloads(prefixes.match(history).blocks):
+            assert found is not None
+            most = max(most, prefixes.num_bytes)
+        assert 0 < most <= prefixes.capacity
+        prefixes.check_integrity()
+        talk.ask(1, [*history, 97])
+        assert talk.num_prefilled(1) < 10
+        prefixes.check_integrity()
 
 
 # -- real processes --------------------------------------------------------------------------------

@@ -501,6 +501,46 @@ def test_a_failed_step_fails_its_requests_and_the_next_one_works() -> None:
     assert driver.end(2).outcome == "finished"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), RuntimeError("a bug")])
+def test_whatever_goes_wrong_at_its_beginning_a_request_ends_and_the_next_one_works(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = make_engine()
+    driver = Driver(engine)
+    driver.submit(1, asked(tokens_of(1, 300)))
+    driver.run()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.conversations.prefixes, "match", fail)
+        driver.submit(2, asked(tokens_of(2, 50)))
+        driver.run()
+    assert driver.end(2).outcome == "failed"
+    assert type(error).__name__ in driver.end(2).error
+    for key in (3, 4):
+        driver.submit(key, asked(tokens_of(key, 50)))
+        driver.run()
+        assert driver.answer(key) == alone(tokens_of(key, 50))
+
+
+def test_what_cannot_be_copied_for_want_of_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    driver = Driver(engine)
+
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(engine.runtime, "snapshot", fail)
+    for key in (1, 2):
+        driver.submit(key, asked(tokens_of(key, 300)))
+        driver.run()
+        assert driver.answer(key) == alone(tokens_of(key, 300))
+        while engine.use_idle():
+            pass
+
+
 def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
     texts = []
     for seed in (5, 5, 6):

@@ -17,6 +17,7 @@ import pytest
 from edgeinfer.backend import RuntimeSettings, SequenceStep, Step
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.eviction import READ_AGAIN
+from edgeinfer.engine.history import Gap, gap_of_cut, gap_of_shift
 from edgeinfer.engine.request import Request
 from edgeinfer.engine.sequence import RunningRequest
 from edgeinfer.engine.window import Window, turn_starts
@@ -297,6 +298,33 @@ def test_a_turn_that_is_asked_again_before_anything_left_goes_on_from_there() ->
     assert talk.running[3].answered == talk.running[2].answered
 
 
+def test_what_a_turn_costs_does_not_grow_with_what_was_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hundreds of evictions only those are looked at that a sequence may hold what follows."""
+    engine = make_engine()
+    talk = Talk(engine)
+    history = tokens_of(1, 60)
+    for turn in range(60):
+        history += talk.ask(turn, history, 30)
+        talk.ask(1000 + turn, tokens_of(1000 + turn, 10), 1)  # which sends it to host memory
+        history += tokens_of(100 + turn, 10)
+    assert len(list(engine.conversations.prefixes.gaps)) > 50
+    made: list[Gap] = []
+    cells = Gap.cells
+    monkeypatch.setattr(Gap, "cells", lambda gap, tokens: (made.append(gap), cells(gap, tokens))[1])
+    talk.ask(2000, history, 1)
+    assert talk.num_prefilled(2000) == 11
+    assert len(made) < 20
+
+
+def test_a_cut_and_a_shift_are_not_taken_for_one_shift() -> None:
+    history = tokens_of(1, 100)
+    cut = gap_of_cut(history, 4, 24)
+    both = gap_of_shift(cut, history, 4, 10)
+    one = gap_of_shift(None, history, 4, 30)
+    assert (both.head, both.count, both.length) == (one.head, one.count, one.length)
+    assert both.root != one.root and both.key != one.key
+
+
 # -- prompts larger than the window ----------------------------------------------------------------
 
 
@@ -386,8 +414,10 @@ def test_answers_that_share_a_prompt_do_not_move_each_others_cells() -> None:
 # -- what a backend cannot do ----------------------------------------------------------------------
 
 
-def test_a_cache_that_cannot_be_shifted_is_read_again_and_it_is_said() -> None:
-    talk = Talk(make_engine(script=Script(without=("evict",))))
+@pytest.mark.parametrize("sinks", [SINKS, 0])
+def test_a_cache_that_cannot_be_shifted_is_read_again_and_it_is_said(sinks: int) -> None:
+    """Without sinks nothing stays, and it is read into another sequence of the runtime's."""
+    talk = Talk(make_engine(script=Script(without=("evict",)), sinks=sinks))
     prompt = list(chain(*(turn(seed, 10) for seed in range(5))))
     answer = talk.ask(1, prompt, 100)
     assert len(answer) == 100

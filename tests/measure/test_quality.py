@@ -25,14 +25,14 @@ def load(context: int = 1024, script: Script | None = None) -> Runtime:
     return ScriptedBackend(script or Script()).load(SCRIPTED_FILES, settings, lambda _: True)
 
 
-def nll_one_by_one(tokens: list[int], size: int, sinks: int) -> list[float]:
+def nll_one_by_one(tokens: list[int], size: int, sinks: int, chunk: int) -> list[float]:
     """As `stream`, said plainly: the same chunks, everything else by hand."""
     runtime = load(size + 64)
     sequence = runtime.open()
     held = 0
     found = []
-    for start in range(0, len(tokens), 64):
-        part = tokens[start : start + 64]
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
         over = held + len(part) - size
         if over > 0:
             leaving = max(over, (size - sinks) // 4)
@@ -47,11 +47,14 @@ def nll_one_by_one(tokens: list[int], size: int, sinks: int) -> list[float]:
     return found
 
 
-def test_a_stream_is_scored_as_the_window_has_it() -> None:
+@pytest.mark.parametrize(
+    ("size", "sinks", "chunk"), [(256, 4, 64), (32, 4, 14), (32, 0, 16), (256, 250, 3), (33, 32, 1)]
+)
+def test_a_stream_is_scored_as_the_window_has_it(size: int, sinks: int, chunk: int) -> None:
     tokens = tokens_of(1, 1000)
-    found = stream(load(256), tokens, Window(256, 4))
-    assert np.allclose(found.nll, nll_one_by_one(tokens, 256, 4))
-    assert max(found.used_cells) <= 256
+    found = stream(load(size), tokens, Window(size, sinks))
+    assert np.allclose(found.nll, nll_one_by_one(tokens, size, sinks, chunk))
+    assert size - chunk < max(found.used_cells) <= size
     assert found.evicted == 1000 - found.used_cells[-1]
 
 

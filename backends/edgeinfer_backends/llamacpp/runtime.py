@@ -197,13 +197,32 @@ class LlamaCppRuntime(Runtime):
             "weights": weights,
             "kv_types": f"{self._settings.kv_type_k}/{self._settings.kv_type_v}",
             "flash_attention": str(self._settings.flash_attention),  # off: V is stored transposed
-            "rope": "model",
+            "rope": "long" if self._is_past_original_context() else "model",
             "adapters": adapters,
             "backend": f"llamacpp {version()}",
             "build": build_description(),
             "rotation": rotation_switch(),
             "layout": self._layout,  # which has a form of snapshots of its own
         }
+
+    def _is_past_original_context(self) -> bool:
+        """Models with two sets of RoPE factors (LongRoPE: Phi 3.5, Phi 4 mini) use the long ones at
+        every position, as soon as the context there is room for is larger than the one they were first
+        trained on (llama_model::get_rope_factors)."""
+        lib, native = self._lib, self._native
+        text = ctypes.create_string_buffer(64)
+
+        def number(key: str) -> int:
+            # LLAMA_API int32_t llama_model_meta_val_str(const struct llama_model * model,
+            #     const char * key, char * buf, size_t buf_size): -1 where there is none
+            found = lib.llama_model_meta_val_str(native.model, key.encode(), text, len(text))
+            return int(text.value) if found > 0 and text.value.isdigit() else 0
+
+        lib.llama_model_meta_val_str(native.model, b"general.architecture", text, len(text))
+        arch = text.value.decode(errors="replace")
+        original = number(f"{arch}.rope.scaling.original_context_length")
+        original = original or lib.llama_model_n_ctx_train(native.model)
+        return bool(lib.llama_n_ctx_seq(self._ctx) > original)
 
     def memory(self) -> list[MemoryItem]:
         return list(self._native.items)
