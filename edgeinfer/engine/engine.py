@@ -265,8 +265,8 @@ class Engine:
         self._admit()
         if not self._events:
             self._make_room()
-            if known := [running for running in self._running if running.is_all_computed]:
-                self._begin_answers(known)
+            if ready := [running for running in self._running if running.is_all_computed]:
+                self._begin_answers(ready)
             elif self._num_embedding and (embedding := self._next_embedding()) is not None:
                 self._embed(embedding)
             elif chosen := self._plan():
@@ -275,9 +275,9 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def _begin_answers(self, known: list[RunningRequest]) -> None:
+    def _begin_answers(self, ready: list[RunningRequest]) -> None:
         """The first tokens of answers to prompts whose logits were kept: no step is needed."""
-        for running in known:
+        for running in ready:
             if running.prompt_end is not None:
                 self._sample(running, running.prompt_end.logits)
         self._tell_texts()
