@@ -231,7 +231,8 @@ def _choose_backend(wanted: str, model_format: str) -> str:
         found = backend.probe()
         if not found.usable:
             raise BackendUnavailable(
-                f"{wanted}: {found.reason}; it runs safetensors weights; or use a .gguf of this model"
+                f"{wanted}: {found.reason}; it runs safetensors weights; or make a .gguf of them with"
+                " `edgeinfer quantize`"
             )
     return wanted
 

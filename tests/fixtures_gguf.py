@@ -26,7 +26,7 @@ MERGES = (
 )  # fmt: skip
 
 Tokenizer = Literal["bpe", "spm"]
-_NORMAL, _CONTROL, _BYTE, _UNKNOWN = 1, 3, 6, 2
+_NORMAL, _CONTROL, _BYTE, _UNKNOWN, _UNUSED = 1, 3, 6, 2, 5
 
 
 def write_tiny_gguf(
@@ -107,6 +107,15 @@ def _metadata(
     if arch == "gemma3":
         values[f"{arch}.attention.sliding_window"] = 64
     return values
+
+
+def tiny_vocabulary(size: int) -> dict[str, Any]:
+    """`tokenizer.ggml.*` of a byte-level vocabulary, filled up with unused tokens."""
+    found = _vocabulary("bpe")
+    missing = size - len(found["tokenizer.ggml.tokens"])
+    found["tokenizer.ggml.tokens"] += [f"[PAD{index}]" for index in range(missing)]
+    found["tokenizer.ggml.token_type"] += [_UNUSED] * missing
+    return found
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from edgeinfer.cli import (
     doctor,
     eval_command,
     models,
+    quantize_command,
     run_command,
     serve,
 )
@@ -59,6 +60,7 @@ app.command("run", cls=RunCommand, epilog=EPILOG)(run_command.run)
 app.command("serve", cls=Command, epilog=EPILOG)(serve.serve)
 app.add_typer(models.app, name="models")
 app.add_typer(cache_command.app, name="cache")
+app.command("quantize", cls=Command, epilog=EPILOG)(quantize_command.quantize)
 app.command("bench", cls=Command, epilog=EPILOG)(bench_command.bench)
 app.command("eval", cls=Command, epilog=EPILOG)(eval_command.evaluate)
 app.command("doctor", cls=Command)(doctor.doctor)

@@ -85,6 +85,7 @@ def _switch(key: str, help_text: str, *also: str) -> Any:
 _MODEL, _SAMPLING, _ANSWER = "Model and memory", "Choosing tokens", "Answer"
 _MEASURE = "What is measured"
 _ENDPOINT = "Endpoint"
+_WEIGHTS = "Weights"
 
 Model = Annotated[
     str | None,
@@ -275,6 +276,17 @@ Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.",
 Plot = Annotated[
     str | None, _option("plot", "Draw the figures into a .svg or .png file.", "FILE", _MEASURE)
 ]
+Output = Annotated[
+    str | None,
+    _option(
+        "output", "Where the result goes. Default: beside the model, NAME-TYPE.", "PATH", _WEIGHTS, "-o"
+    ),
+]
+WeightType = Annotated[str, _option("type", "Of the weights: f16, bf16 or f32.", "TYPE", _WEIGHTS)]
+To = Annotated[
+    str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
+]
+Force = Annotated[bool, _switch("force", "Replace a file that is there.")]
 Host = Annotated[
     str,
     _option("host", "Address to listen at. Beyond this machine it needs an API key.", "HOST", _ENDPOINT),

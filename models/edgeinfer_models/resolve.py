@@ -178,8 +178,7 @@ def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
     if not isinstance(kind, str) or kind not in MLX_MODEL_TYPES:
         raise UnsupportedModel(
             f"{shown(folder)}: safetensors weights of the type {shown(str(kind))} cannot be run in this"
-            f" version (the mlx backend runs {', '.join(sorted(MLX_MODEL_TYPES))}; conversion comes with"
-            " `edgeinfer quantize`); use a .gguf of this model"
+            f" version (the mlx backend runs {', '.join(sorted(MLX_MODEL_TYPES))}); {_way_out(kind)}"
         )
     sizes: dict[str, int] = {}
     for tensor in found.tensors:
@@ -194,6 +193,14 @@ def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
         template=template_of_folder(folder),
         origin=origin,
     )
+
+
+def _way_out(model_type: object) -> str:
+    from edgeinfer_models.families import is_known
+
+    if is_known(model_type):
+        return "make a .gguf of it with `edgeinfer quantize`"
+    return "use a .gguf of this model"
 
 
 def _not_found(spec: str) -> ModelNotFound:

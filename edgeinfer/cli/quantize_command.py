@@ -1,0 +1,79 @@
+"""`edgeinfer quantize`: a model's weights in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeinfer.cli import options
+from edgeinfer.errors import ModelNotFound, UsageError
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder of safetensors, a .safetensors or .gguf file, or a model's name."
+    ),
+]
+
+
+def quantize(
+    model: Source,
+    output: options.Output = None,
+    type_name: options.WeightType = "f16",
+    to: options.To = "gguf",
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json_output: options.JsonOutput = False,
+    debug: options.Debug = False,
+) -> None:
+    """Convert a model's weights: safetensors to GGUF, or a GGUF file to a Hugging Face folder."""
+    from edgeinfer.cli.output import StatusLine, emit, emit_json
+    from edgeinfer.machine.ledger import shown_bytes
+    from edgeinfer.quantize.conversion import CONTAINERS, convert, plan_conversion
+    from edgeinfer_models.conversion.model import source_of_folder, source_of_gguf
+
+    container = next((name for name in CONTAINERS if name == to), None)
+    if container is None:
+        raise UsageError(f"--to {to[:40]!r} is not one of {', '.join(CONTAINERS)}")
+    path = _found(model)
+    source = source_of_folder(path) if path.is_dir() else source_of_gguf(path)
+    out = None if output is None else Path(output).expanduser()
+    plan = plan_conversion(source, path, container, type_name, out, force=force)
+    status = StatusLine(enabled=not quiet)
+    try:
+        convert(plan, lambda done: status.show(f"writing {plan.out.name} … {done:.0%}"))
+    finally:
+        status.close()
+    for note in plan.notes:
+        typer.echo(f"edgeinfer: {note}", err=True)
+    if json_output:
+        emit_json(
+            {
+                "output": str(plan.out),
+                "type": plan.dtype,
+                "family": source.family.name,
+                "bytes": plan.num_bytes,
+                "notes": list(plan.notes),
+            }
+        )
+        return
+    emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype}\n")
+
+
+def _found(spec: str) -> Path:
+    """A folder of safetensors or a GGUF file."""
+    from edgeinfer_models.resolve import resolve_model
+
+    path = Path(spec).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return path
+    if path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if not (path.parent / "config.json").is_file():
+            raise ModelNotFound(
+                f"{path}: are weights without the config.json that says what they are; give the model's"
+                " whole folder"
+            )
+        return path.parent
+    return resolve_model(spec).files.paths[0]

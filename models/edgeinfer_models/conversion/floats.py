@@ -1,0 +1,70 @@
+"""Numbers as model files store them, in numpy, which knows neither bfloat16 nor 8-bit floats.
+
+BF16 is held as its bits (uint16), F8_E4M3 as its (uint8). Rounding is to nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+    Floats = npt.NDArray[np.float32]
+
+# What an array of a dtype is held as.
+HELD_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
+FLOATS = tuple(HELD_AS)
+MOST_F16 = 65504.0
+
+
+def to_float32(array: Array, dtype: str) -> Floats:
+    """array: as HELD_AS says. Exact but for F64."""
+    import numpy as np
+
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E4M3":
+        return _e4m3_values()[array]
+    return array.astype(np.float32, copy=False)
+
+
+def from_float32(array: Floats, dtype: str) -> Array:
+    """dtype: F32, F16 or BF16. What is too large for F16 becomes infinite: look before (`fits`)."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = array.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The sum must not carry a NaN's bits into an infinity.
+        return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float16)
+    return array.astype(np.float32, copy=False)
+
+
+def recast(array: Array, dtype: str, wanted: str) -> Array:
+    return array if dtype == wanted else from_float32(to_float32(array, dtype), wanted)
+
+
+def first_bad(values: Floats) -> int | None:
+    """Where the first number is that is not finite, in the flattened array."""
+    import numpy as np
+
+    finite = np.isfinite(values)
+    return None if finite.all() else int(np.flatnonzero(~finite.ravel())[0])
+
+
+def _e4m3_values() -> Floats:
+    """Of each of the 256 codes: 1 sign, 4 exponent (bias 7) and 3 mantissa bits, no infinities (the
+    "fn" variant). Source: Micikevicius et al. 2022, arXiv:2209.05433."""
+    import numpy as np
+
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    size[(codes & 127) == 127] = np.nan
+    return np.where(codes & 128, -size, size).astype(np.float32)

@@ -1,0 +1,305 @@
+"""Weights by their Hugging Face names, from either kind of file, a few rows at a time.
+
+    source = SafetensorsSource(read_safetensors_folder(folder))
+    source.info("model.embed_tokens.weight")      # shape, dtype
+    source.rows("model.embed_tokens.weight", 0, 256)
+
+What a tensor is stored as stays as it is where that is a float of 16 or 32 bits; 8-bit floats with their
+scales and ggml's quantized types come out as F32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
+from edgeinfer_models.conversion.floats import HELD_AS, first_bad, to_float32
+from edgeinfer_models.conversion.packed import PARTS, Packing, shape_of_packed, unpacked_rows
+from edgeinfer_models.families.changes import from_gguf
+from edgeinfer_models.families.tensors import TensorRule
+from edgeinfer_models.gguf_header import GgufHeader, GgufTensor
+from edgeinfer_models.safetensors_header import SafetensorsFolder, SafetensorsTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+    Floats = npt.NDArray[np.float32]
+
+SCALE_SUFFIXES = ("_scale_inv", "_scale")  # of an F8 tensor's name
+_PLAIN_GGUF = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """shape: rows first. dtype: of what `rows` gives: F32, F16 or BF16."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises ModelFileInvalid for one that is missing."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Held as floats.py says. Raises ModelFileInvalid, naming the tensor and the place, for numbers
+        that are not finite."""
+        ...
+
+
+class SafetensorsSource:
+    """A Hugging Face folder. packing: of the matrices that are stored as `NAME.qweight` and its kin."""
+
+    def __init__(self, folder: SafetensorsFolder, packing: Packing | None = None) -> None:
+        self._name = folder.folder.name
+        self._tensors: dict[str, tuple[Path, SafetensorsTensor]] = {}
+        for shard in folder.shards:
+            for tensor in shard.tensors:
+                if tensor.name in self._tensors:
+                    raise ModelFileInvalid(
+                        f"{shard.path.name}: tensor '{tensor.name}' is in another shard too; download"
+                        " the whole model folder again"
+                    )
+                self._tensors[tensor.name] = (shard.path, tensor)
+        self._scale_of = {
+            name: name + suffix
+            for name in self._tensors
+            for suffix in SCALE_SUFFIXES
+            if name + suffix in self._tensors
+        }
+
+        self._packing = packing
+        self._packed: dict[str, tuple[int, int]] = {}  # shapes, by the name of the unpacked matrix
+        for name in self._tensors if packing is not None else ():
+            if name.endswith(".qweight"):
+                stem = name.removesuffix(".qweight")
+                self._packed[f"{stem}.weight"] = self._packed_shape(stem)
+
+    def _packed_shape(self, stem: str) -> tuple[int, int]:
+        assert self._packing is not None
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in PARTS:
+            found = self._tensors.get(f"{stem}.{part}")
+            if found is None:
+                continue
+            shapes[part] = found[1].shape
+            wanted = ("F16", "BF16", "F32") if part == "scales" else ("I32", "U32")
+            if found[1].dtype not in wanted:
+                raise ModelFileInvalid(
+                    f"{self._name}: tensor '{stem}.{part}' is of the type {found[1].dtype}, not"
+                    f" {' or '.join(wanted)}"
+                )
+        return shape_of_packed(self._packing, shapes, stem)
+
+    @property
+    def names(self) -> Sequence[str]:
+        parts = {
+            f"{name.removesuffix('.weight')}.{part}" for name in self._packed for part in PARTS
+        }
+        hidden = {*self._scale_of.values(), *parts}
+        return [*(name for name in self._tensors if name not in hidden), *self._packed]
+
+    def info(self, name: str) -> TensorInfo:
+        if name in self._packed:
+            return TensorInfo(self._packed[name], "F32")
+        _, tensor = self._find(name)
+        if tensor.dtype not in HELD_AS:
+            raise UnsupportedModel(
+                f"{self._name}: tensor '{name}' is of the type {tensor.dtype}, which is no weight's"
+            )
+        is_kept = tensor.dtype in _PLAIN_GGUF
+        return TensorInfo(tensor.shape, tensor.dtype if is_kept else "F32")
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        if name in self._packed:
+            return self._unpacked(name.removesuffix(".weight"), start, stop)
+        path, tensor = self._find(name)
+        found = _read(path, HELD_AS[tensor.dtype], tensor.start, tensor.shape, start, stop)
+        values = to_float32(found, tensor.dtype)
+        _require_finite(values, path.name, tensor.name, start, tensor.shape)
+        if tensor.dtype in _PLAIN_GGUF:
+            return found
+        if not tensor.dtype.startswith("F8"):
+            return values
+        scaled: Floats = values * self._scales(name, start, stop)
+        return scaled
+
+    def _unpacked(self, stem: str, start: int, stop: int) -> Floats:
+        def part(which: str) -> Array | None:
+            if which == "g_idx" and f"{stem}.g_idx" not in self._tensors:
+                return None
+            path, tensor = self._find(f"{stem}.{which}")
+            held_as = HELD_AS.get(tensor.dtype, "<u4")
+            stored = _read(path, held_as, tensor.start, tensor.shape, 0, tensor.shape[0])
+            return stored if which != "scales" else to_float32(stored, tensor.dtype)
+
+        assert self._packing is not None
+        found = unpacked_rows(self._packing, part, start, stop, stem)
+        _require_finite(found, self._name, f"{stem}.scales", start, self._packed[f"{stem}.weight"])
+        return found
+
+    def _find(self, name: str) -> tuple[Path, SafetensorsTensor]:
+        found = self._tensors.get(name)
+        if found is None:
+            raise ModelFileInvalid(
+                f"{self._name}: tensor '{name}' is missing; download the whole model folder"
+            )
+        return found
+
+    def _scales(self, name: str, start: int, stop: int) -> Floats:
+        """Of an F8 tensor's rows: one for all, one for each row, or one for each square block."""
+        import numpy as np
+
+        if name not in self._scale_of:
+            raise ModelFileInvalid(
+                f"{self._name}: tensor '{name}' is of the type F8_E4M3 and has no scales beside it"
+            )
+        path, scale = self._find(self._scale_of[name])
+        _, tensor = self._find(name)
+        shape = scale.shape or (1,)
+        stored = _read(path, HELD_AS[scale.dtype], scale.start, shape, 0, shape[0])
+        values = to_float32(stored, scale.dtype)
+        _require_finite(values, path.name, scale.name, 0, scale.shape)
+        if values.size == 1:
+            return values.reshape(())
+        num_rows, width = tensor.shape
+        if values.size == num_rows:
+            return values.reshape(num_rows, 1)[start:stop]
+        if values.ndim == 2:
+            high, wide = (
+                -(-size // blocks) for size, blocks in zip(tensor.shape, values.shape, strict=True)
+            )
+            if (-(-num_rows // high), -(-width // wide)) == values.shape:
+                found: Floats = values[np.arange(start, stop) // high][:, np.arange(width) // wide]
+                return found
+        raise ModelFileInvalid(
+            f"{self._name}: the scales '{scale.name}' of shape {list(scale.shape)} do not fit"
+            f" {list(tensor.shape)}"
+        )
+
+
+class GgufSource:
+    """A GGUF model, its tensors as the family's rules name and lay them out."""
+
+    def __init__(self, header: GgufHeader, rules: Sequence[TensorRule]) -> None:
+        self._header = header
+        self._rules: dict[str, tuple[TensorRule, int]] = {}
+        for rule in rules:
+            for index, name in enumerate(rule.hf):
+                self._rules[name] = (rule, index)
+        self._places = _places(header)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self._rules)
+
+    def info(self, name: str) -> TensorInfo:
+        rule, _, tensor = self._find(name)
+        is_kept = rule.change != "add_one" and tensor.type_name in _PLAIN_GGUF
+        return TensorInfo(rule.shape, tensor.type_name if is_kept else "F32")
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Whole heads of a tensor whose rows are paired: `start` and `stop` are at heads' ends."""
+        rule, index, tensor = self._find(name)
+        path, offset = self._places[tensor.name]
+        if rule.change == "flatten":  # one row there, a vector here
+            start, stop = 0, tensor.elements
+        first = index * rule.shape[0] if rule.is_stack else 0
+        width = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        found = _gguf_rows(path, offset, tensor, first + start, first + stop, width)
+        values = to_float32(found, tensor.type_name if tensor.type_name in _PLAIN_GGUF else "F32")
+        _require_finite(values, path.name, tensor.name, first + start, tuple(reversed(tensor.shape)))
+        if len(rule.shape) == 1:
+            found = found.reshape(-1)
+        elif rule.change == "flatten":
+            return found.reshape(rule.shape)
+        heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
+        return from_gguf(found, rule.change, heads)
+
+    def _find(self, name: str) -> tuple[TensorRule, int, GgufTensor]:
+        rule, index = self._rules[name]
+        tensor = self._header.tensor(rule.gguf)
+        where = self._header.path.name
+        if tensor is None:
+            raise ModelFileInvalid(f"{where}: tensor '{rule.gguf}' is missing; download it again")
+        if tuple(reversed(tensor.shape)) != rule.gguf_shape:
+            raise ModelFileInvalid(
+                f"{where}: tensor '{rule.gguf}' has the shape {list(reversed(tensor.shape))}, not"
+                f" {list(rule.gguf_shape)}"
+            )
+        return rule, index, tensor
+
+
+def _places(header: GgufHeader) -> Mapping[str, tuple[Path, int]]:
+    """Of each tensor its file and where its data begin there."""
+    from edgeinfer_models.gguf_header import read_gguf_header
+
+    found: dict[str, tuple[Path, int]] = {}
+    for path in header.shards:
+        shard = header if len(header.shards) == 1 else read_gguf_header(path)
+        for tensor in shard.tensors:
+            found[tensor.name] = (path, shard.data_offset + tensor.offset)
+    return found
+
+
+def _gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: int, width: int) -> Array:
+    """Rows of a tensor seen as a matrix; a vector is one of rows of one."""
+    if tensor.type_name in _PLAIN_GGUF:
+        rows = tensor.elements // width
+        return _read(path, HELD_AS[tensor.type_name], offset, (rows, width), start, stop)
+    import gguf
+
+    rows = tensor.elements // width
+    data = _read(path, "u1", offset, (rows, tensor.num_bytes // rows), start, stop)
+    kind = gguf.GGMLQuantizationType(tensor.ggml_type)
+    try:
+        found: Array = gguf.quants.dequantize(data, kind)
+    except NotImplementedError:
+        raise UnsupportedModel(
+            f"{path.name}: tensor '{tensor.name}' of the type {tensor.type_name} cannot be read back"
+        ) from None
+    return found
+
+
+def _read(
+    path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: int, stop: int
+) -> Array:
+    """Rows of what lies at `offset`. Read, not mapped: pages that were looked at once would stay."""
+    import numpy as np
+
+    inner = shape[1:]
+    row = 1
+    for size in inner:
+        row *= size
+    item = np.dtype(held_as).itemsize
+    try:
+        found = np.fromfile(path, held_as, (stop - start) * row, offset=offset + start * row * item)
+    except OSError as error:
+        raise ModelFileInvalid(f"{path.name}: cannot be read ({error.strerror}); try again") from None
+    if found.size != (stop - start) * row:  # it shrank since its header was read
+        raise ModelFileInvalid(f"{path.name}: is truncated; download it again")
+    return found.reshape(stop - start, *inner)
+
+
+def _require_finite(
+    values: Floats, file: str, name: str, first_row: int, shape: tuple[int, ...]
+) -> None:
+    bad = first_bad(values)
+    if bad is None:
+        return
+    width = shape[-1] if len(shape) > 1 else 1
+    number = "NaN" if values.ravel()[bad] != values.ravel()[bad] else "an infinite number"
+    row, column = divmod(bad, width)
+    place = f"row {first_row + row}, column {column}" if len(shape) > 1 else f"entry {first_row + bad}"
+    raise ModelFileInvalid(
+        f"{file}: tensor '{name}' holds {number} ({place}); the file is damaged, download it again"
+    )

@@ -1,0 +1,213 @@
+"""A Hugging Face model as one GGUF file, a few rows at a time: memory is a few megabytes whatever its
+size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from edgeinfer.errors import ModelFileInvalid
+from edgeinfer_models.conversion.floats import HELD_AS, MOST_F16, recast, to_float32
+from edgeinfer_models.conversion.new_file import NewFile
+from edgeinfer_models.conversion.sources import TensorSource
+from edgeinfer_models.families.changes import to_gguf
+from edgeinfer_models.families.family import Factors, Family
+from edgeinfer_models.families.shape import DecoderShape
+from edgeinfer_models.families.tensors import TensorRule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+ALIGNMENT = 32
+CHUNK_BYTES = 2**24  # of F32 numbers at a time
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama_ftype
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """What is to be written. dtype: of the matrices, F32, F16 or BF16; vectors are F32, as llama.cpp has
+    them. metadata: beside the architecture's, with their whole keys; an int becomes u32, a float f32."""
+
+    family: Family
+    shape: DecoderShape
+    dtype: str
+    metadata: Mapping[str, Any]
+
+
+def write_gguf(
+    path: Path,
+    source: TensorSource,
+    plan: GgufPlan,
+    *,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Raises ModelFileInvalid (a tensor that is missing, of another shape, or not finite),
+    UnsupportedModel, UsageError (the file is there), OSError."""
+    rules = plan.family.rules(plan.shape)
+    check_tensors(source, rules)
+    architecture, factors = plan.family.shape_to_gguf(plan.shape)
+    head = _head(plan, architecture, rules, factors)
+    total = sum(rule_bytes(rule, plan.dtype) for rule in rules)
+    done = 0
+    with NewFile(path, force=force) as new:
+        new.file.write(head)
+        for values in factors.values():
+            _write_padded(new.file, [recast_factors(values)])
+        for rule in rules:
+            written = _write_padded(new.file, _converted(source, rule, dtype_of(rule, plan.dtype)))
+            assert written == rule_bytes(rule, plan.dtype)
+            done += written
+            progress(done / total)
+
+
+def dtype_of(rule: TensorRule, dtype: str) -> str:
+    return "F32" if len(rule.gguf_shape) == 1 or _is_router(rule) else dtype
+
+
+def rule_bytes(rule: TensorRule, dtype: str) -> int:
+    elements = 1
+    for size in rule.gguf_shape:
+        elements *= size
+    return elements * (4 if dtype_of(rule, dtype) == "F32" else 2)
+
+
+def check_tensors(source: TensorSource, rules: Sequence[TensorRule]) -> None:
+    """Before anything is written: every tensor is there, with its shape, and none is left over."""
+    wanted = set()
+    for rule in rules:
+        for name in rule.hf:
+            wanted.add(name)
+            found = source.info(name).shape
+            if found != rule.shape:
+                raise ModelFileInvalid(
+                    f"tensor '{name}' has the shape {list(found)} where config.json says"
+                    f" {list(rule.shape)}; the files do not belong together"
+                )
+    left = [name for name in source.names if name not in wanted and not _is_known_extra(name)]
+    if left:
+        some = ", ".join(f"'{name}'" for name in left[:3]) + (", …" if len(left) > 3 else "")
+        raise ModelFileInvalid(
+            f"{len(left)} tensors are not part of such a model as config.json describes: {some}"
+        )
+
+
+def recast_factors(values: Sequence[float]) -> Array:
+    import numpy as np
+
+    return np.asarray(values, dtype=np.float32)
+
+
+def _is_router(rule: TensorRule) -> bool:
+    """What chooses experts is kept exact: llama.cpp does too."""
+    return rule.gguf.endswith("ffn_gate_inp.weight")
+
+
+def _is_known_extra(name: str) -> bool:
+    """Tables that some old checkpoints carry, and the head of a model that says it is tied."""
+    return name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias")) or name == "lm_head.weight"
+
+
+def _head(
+    plan: GgufPlan, architecture: Mapping[str, Any], rules: Sequence[TensorRule], factors: Factors
+) -> bytes:
+    """Everything in front of the tensors' data."""
+    import gguf
+    import numpy as np
+
+    kinds = {name: getattr(gguf.GGMLQuantizationType, name) for name in FILE_TYPES}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head"
+        writer = gguf.GGUFWriter(path, plan.family.arch)
+        for key, value in {
+            "general.type": "model",
+            "general.file_type": FILE_TYPES[plan.dtype],
+            **{f"{plan.family.arch}.{key}": value for key, value in architecture.items()},
+            **plan.metadata,
+        }.items():
+            _add(writer, key, value)
+        for name, values in factors.items():
+            writer.add_tensor_info(
+                name, (len(values),), np.dtype(np.float32), 4 * len(values), kinds["F32"]
+            )
+        for rule in rules:
+            dtype = dtype_of(rule, plan.dtype)
+            writer.add_tensor_info(
+                rule.gguf,
+                rule.gguf_shape,
+                np.dtype(HELD_AS[dtype]),
+                rule_bytes(rule, plan.dtype),
+                kinds[dtype],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        head = path.read_bytes()
+    return head + bytes(-len(head) % ALIGNMENT)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, list(value))
+
+
+def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[Array]:
+    """A tensor's data in GGUF's order, a few rows at a time."""
+    for name in rule.hf:
+        dtype = source.info(name).dtype
+        for start, stop in row_chunks(rule):
+            found = source.rows(name, start, stop)
+            if rule.change == "add_one":
+                found, dtype = to_float32(found, dtype), "F32"
+            heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
+            changed = to_gguf(found, rule.change, heads)
+            if wanted == "F16" and dtype != "F16":
+                _require_f16(to_float32(changed, dtype), name)
+            yield recast(changed, dtype, wanted)
+
+
+def row_chunks(rule: TensorRule) -> Iterator[tuple[int, int]]:
+    """Of whole heads where rows are paired within them."""
+    rows = rule.shape[0]
+    width = rule.shape[1] if len(rule.shape) > 1 else 1
+    unit = rows // rule.heads if rule.heads else 1
+    step = max(CHUNK_BYTES // (4 * width) // unit, 1) * unit
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _require_f16(values: npt.NDArray[np.float32], name: str) -> None:
+    largest = float(abs(values).max(initial=0.0))
+    if largest > MOST_F16:
+        raise ModelFileInvalid(
+            f"tensor '{name}' holds {largest:g}, which F16 cannot; convert it to bf16"
+        )
+
+
+def _write_padded(file: IO[bytes], parts: Sequence[Array] | Iterator[Array]) -> int:
+    """Bytes written, without what was added so that the next begins aligned."""
+    import numpy as np
+
+    written = 0
+    for part in parts:
+        data = np.ascontiguousarray(part)
+        file.write(data.data)
+        written += data.nbytes
+    file.write(bytes(-written % ALIGNMENT))
+    return written

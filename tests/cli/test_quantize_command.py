@@ -1,0 +1,98 @@
+"""`edgeinfer quantize`: from a folder to a file that llama.cpp runs, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Console
+from tests.fixtures_hf import write_tiny_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_folder(tmp_path / "tiny")
+
+
+def answer(console: Console, model: Path) -> str:
+    command = ("run", "--json", "--raw", "--temp", "0", "--max-tokens", "12", "--ctx", "256")
+    done = console(*command, model, "the other in")
+    assert done.code == 0, done.err
+    return str(done.json["text"])
+
+
+def test_a_folder_becomes_a_file_that_answers_and_a_folder_again(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    done = console("quantize", folder, "--type", "f32", "--json")
+    assert done.code == 0, done.err
+    out = Path(done.json["output"])
+    assert out == tmp_path / "tiny-f32.gguf"
+    assert (done.json["type"], done.json["family"], done.json["notes"]) == ("f32", "llama", [])
+    assert answer(console, out)
+    back = tmp_path / "back"
+    done = console("quantize", out, "--to", "safetensors", "--type", "f32", "-o", back)
+    assert done.code == 0, done.err
+    from safetensors.numpy import load_file
+
+    one, other = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    console("quantize", back, "--type", "f32", "-o", tmp_path / "again.gguf")
+    assert answer(console, tmp_path / "again.gguf") == answer(console, out)
+
+
+def test_what_is_there_is_replaced_only_with_force(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"mine")
+    done = console("quantize", folder, "-o", out)
+    assert (done.code, out.read_bytes()) == (2, b"mine")
+    assert "--force" in done.error_line
+    assert console("quantize", folder, "-o", out, "--force").code == 0
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--type", "q4_9"), "--type 'q4_9' is not one of"),
+        (("--to", "onnx"), "--to 'onnx' is not one of"),
+        (("--to", "safetensors"), "already"),
+        (("-o", "/nowhere/at/all.gguf"), "no such folder"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    console: Console, folder: Path, options: tuple[str, ...], said: str
+) -> None:
+    done = console("quantize", folder, *options)
+    assert done.code == 2
+    assert said in done.error_line
+
+
+def test_a_family_that_is_not_known_says_which_are(console: Console, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    done = console("quantize", folder)
+    assert done.code == 1
+    assert "supported: llama" in done.error_line
+
+
+def test_a_missing_shard_and_weights_alone_are_one_line(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = console("quantize", folder)
+    assert (done.code, "shard is missing" in done.error_line) == (1, True)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (folder / "model.safetensors").rename(alone / "model.safetensors")
+    done = console("quantize", alone / "model.safetensors")
+    assert (done.code, "config.json" in done.error_line) == (1, True)
+    (alone / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
+    done = console("quantize", alone / "weights.bin")
+    assert done.code == 1 and "pickle" in done.error_line
