@@ -1,8 +1,8 @@
-"""100,000 damaged models through the readers and the conversion: each is converted or refused in one line.
+"""100,000 damaged models through the readers and the conversion: each is converted, or refused.
 
 Half are GGUF files made into a folder, half Hugging Face folders made into a GGUF file: bits flipped,
-bytes overwritten, cut, swapped and doubled in the weights, their header, config.json and tokenizer.json,
-and values of the JSON files replaced by awkward ones. Nothing may be left of what was refused; no process
+bytes overwritten, cut and doubled in the weights, their header, config.json and tokenizer.json, and
+values of the JSON files replaced by awkward ones. Nothing may be left of what was refused; no process
 may die, and none may hang. Two processes, each with its half.
 """
 
@@ -142,7 +142,10 @@ def odd_json(data: bytes, draw: random.Random) -> bytes:
 def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
     found = bytearray(data)
     for _ in range(draw.randint(1, 4)):
-        kind, at = draw.randrange(4), draw.randrange(min(len(found), draw.choice((64, 4096, len(found)))))
+        kind, at = (
+            draw.randrange(4),
+            draw.randrange(min(len(found), draw.choice((64, 4096, len(found))))),
+        )
         if kind == 0:
             found[at] ^= 1 << draw.randrange(8)
         elif kind == 1:

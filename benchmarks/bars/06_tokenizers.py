@@ -1,6 +1,6 @@
-"""10,000 varied strings: the tokenizer.json made of a GGUF file gives the token ids that llama.cpp gives.
+"""10,000 varied strings: the tokenizer.json made of a GGUF file gives the ids that llama.cpp gives.
 
-Code, prose of many scripts, emoji, runs of blanks, control characters and special tokens in the text; the
+Code, prose of many scripts, emoji, runs of blanks, control characters and special tokens in texts; the
 starter's byte-level vocabulary and Gemma 3's SentencePiece one.
 """
 

@@ -57,7 +57,8 @@ def test_without_mlx_the_reason_and_the_way_out_are_said(
     reason = "mlx is not installed; run `pip install edgeinfer[mlx]`"
     monkeypatch.setattr(MlxBackend, "probe", lambda self: Probe(False, reason))
     for backend in ("auto", "mlx"):
-        with pytest.raises(BackendUnavailable, match=r"pip install edgeinfer\[mlx\].*use a \.gguf"):
+        said = r"pip install edgeinfer\[mlx\].*make a \.gguf of them with `edgeinfer quantize`"
+        with pytest.raises(BackendUnavailable, match=said):
             plan_open(OpenOptions(model=str(folder), backend=backend))
 
 

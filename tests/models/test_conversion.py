@@ -313,10 +313,8 @@ def test_packed_weights_are_what_their_codes_say(
         of = random.permutation(of).astype(np.int32)
     expected = (scales[of].astype(np.float32) * (codes - zeros[of])).T
     stored = zeros - 1 if format_name == "gptq" else zeros
-    if method == "gptq":
-        qweight = packed(codes.T, order, bits).T.copy()
-    else:
-        qweight = packed(codes, order, bits)
+    is_gptq = method == "gptq"
+    qweight = packed(codes.T, order, bits).T.copy() if is_gptq else packed(codes, order, bits)
     tensors = {
         "a.qweight": ("I32", qweight),
         "a.qzeros": ("I32", packed(stored, order, bits)),

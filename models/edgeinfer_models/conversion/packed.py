@@ -63,7 +63,9 @@ def packing_of(quantization: Mapping[str, Any], where: str) -> Packing | None:
     return Packing("gptq", int(bits), int(group), adds_one=is_first)
 
 
-def shape_of_packed(packing: Packing, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+def shape_of_packed(
+    packing: Packing, shapes: Mapping[str, tuple[int, ...]], name: str
+) -> tuple[int, int]:
     """(outputs, inputs) of the matrix, its parts' shapes checked. Raises ModelFileInvalid."""
     rows, columns = _pair(shapes.get("qweight"), name)
     per = packing.per_word
@@ -118,12 +120,13 @@ def _unpacked(words: Array, packing: Packing) -> Array:
 
     per = packing.per_word
     shifts = np.arange(per, dtype=np.uint32) * np.uint32(packing.bits)
-    codes = (words[:, :, None] >> shifts) & np.uint32(2**packing.bits - 1)
+    codes: Array = (words[:, :, None] >> shifts) & np.uint32(2**packing.bits - 1)
     if packing.method == "awq":
         ordered = np.empty_like(codes)
         ordered[:, :, list(_AWQ_ORDER)] = codes
         codes = ordered
-    return codes.reshape(words.shape[0], -1)
+    found: Array = codes.reshape(words.shape[0], -1)
+    return found
 
 
 def _pair(shape: tuple[int, ...] | None, name: str) -> tuple[int, int]:

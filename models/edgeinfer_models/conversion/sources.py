@@ -102,9 +102,7 @@ class SafetensorsSource:
 
     @property
     def names(self) -> Sequence[str]:
-        parts = {
-            f"{name.removesuffix('.weight')}.{part}" for name in self._packed for part in PARTS
-        }
+        parts = {f"{name.removesuffix('.weight')}.{part}" for name in self._packed for part in PARTS}
         hidden = {*self._scale_of.values(), *parts}
         return [*(name for name in self._tensors if name not in hidden), *self._packed]
 
@@ -270,9 +268,7 @@ def _gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: in
     return found
 
 
-def _read(
-    path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: int, stop: int
-) -> Array:
+def _read(path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: int, stop: int) -> Array:
     """Rows of what lies at `offset`. Read, not mapped: pages that were looked at once would stay."""
     import numpy as np
 

@@ -150,7 +150,9 @@ def _is_sentencepiece(definition: Mapping[str, Any]) -> bool:
 def _adds_prefix(definition: Mapping[str, Any]) -> bool:
     normalizer = definition.get("normalizer")
     parts = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
-    if isinstance(parts, list) and any(isinstance(part, dict) and part.get("type") == "Prepend" for part in parts):
+    if isinstance(parts, list) and any(
+        isinstance(part, dict) and part.get("type") == "Prepend" for part in parts
+    ):
         return True
     cutter = definition.get("pre_tokenizer")
     return isinstance(cutter, dict) and cutter.get("prepend_scheme") in ("always", "first")

@@ -46,9 +46,7 @@ def family(name: str) -> Family:
 
 def is_known(model_type: object) -> bool:
     """Of a config.json."""
-    return isinstance(model_type, str) and any(
-        model_type in family(name).model_types for name in NAMES
-    )
+    return isinstance(model_type, str) and any(model_type in family(name).model_types for name in NAMES)
 
 
 def family_of_config(config: Mapping[str, Any], where: str) -> Family:
