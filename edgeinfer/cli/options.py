@@ -286,7 +286,7 @@ WeightType = Annotated[str, _option("type", "Of the weights: f16, bf16 or f32.",
 To = Annotated[
     str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
 ]
-Force = Annotated[bool, _switch("force", "Replace a file that is there.")]
+Force = Annotated[bool, _switch("force", "Replace a file that is there; never a folder.")]
 Host = Annotated[
     str,
     _option("host", "Address to listen at. Beyond this machine it needs an API key.", "HOST", _ENDPOINT),

@@ -278,8 +278,8 @@ class Engine:
     def _begin_answers(self, ready: list[RunningRequest]) -> None:
         """The first tokens of answers to prompts whose logits were kept: no step is needed."""
         for running in ready:
-            if running.prompt_end is not None:
-                self._sample(running, running.prompt_end.logits)
+            assert running.prompt_end is not None, "nothing to run, and nothing to draw from"
+            self._sample(running, running.prompt_end.logits)
         self._tell_texts()
 
     def _make_room(self) -> None:

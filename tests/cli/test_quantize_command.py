@@ -54,6 +54,13 @@ def test_what_is_there_is_replaced_only_with_force(
     assert "--force" in done.error_line
     assert console("quantize", folder, "-o", out, "--force").code == 0
     assert out.read_bytes()[:4] == b"GGUF"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter").write_text("dear")
+    done = console("quantize", out, "--to", "safetensors", "-o", mine, "--force")
+    assert done.code == 2
+    assert "not empty" in done.error_line and "--force" not in done.error_line
+    assert [path.name for path in mine.iterdir()] == ["letter"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from edgeinfer.errors import UsageError
 from edgeinfer_models.conversion.floats import recast
-from edgeinfer_models.conversion.new_file import NewFile, exists
+from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import TensorSource
 from edgeinfer_models.conversion.to_gguf import check_tensors, row_chunks
 from edgeinfer_models.families.tensors import TensorRule
@@ -48,7 +49,7 @@ def write_safetensors(
     each. The folder is made when all is written. Raises ModelFileInvalid, UsageError (it is there and
     not empty), OSError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise exists(folder)
+        raise UsageError(f"{folder}: is there already and not empty; -o gives another name")
     check_tensors(source, rules)
     entries = [
         _Entry(name, rule, dtype or source.info(name).dtype) for rule in rules for name in rule.hf
