@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgeinfer_models.tokenizer import Tokenizer
 
     Logits = npt.NDArray[np.float32]
+    Floats = npt.NDArray[np.float32]
 
 BLOCK_TOKENS = 256  # positions in one snapshot block
 
@@ -75,6 +76,10 @@ class RuntimeSettings:
     mmap: bool = True  # where it costs no second copy of the weights
     adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
     kv_layout: Literal["auto", "shared", "private"] = "auto"  # where the backend has both
+    # In what weights are held and computed with (torch): auto, f32, bf16, f16, int8 or int4.
+    load_as: str = "auto"
+    # Count how much attention each position gets, for `evict_lightest`, where a backend can.
+    heavy_hitters: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Capabilities:
     draft: bool = False  # early-exit or other drafting inside the runtime
     layers: bool = False  # run, capture, replace, differentiate one layer
     quantize_rows: bool = False
+    heavy_hitters: bool = False  # `evict_lightest`
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,10 @@ class RuntimeFacts:
     threads: int
     threads_batch: int
     can: Capabilities = field(default_factory=Capabilities)
+    # False: matrix products take other kernels for other numbers of rows, so that results differ in the
+    # last bits with how a prompt was cut and what ran beside it. What a fork, a snapshot or a rewind
+    # keeps is bit for bit what it was all the same.
+    exact: bool = True
     # Prompts take a slower way than another type's would, and the warnings say so.
     reads_slowly: bool = False
     warnings: tuple[str, ...] = ()  # what was asked for and not had, one line each
@@ -190,6 +200,57 @@ class Sampler(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Layers(Protocol):
+    """A model as single layers, outside of any sequence: what quantization and training take. Numbers go
+    in and out as numpy arrays of float32, whatever the layers compute in.
+
+    States have the shape (texts, n, hidden_size): that many texts of equal length, each from position 0
+    on. Matrices are named within their layer ("self_attn.q_proj"); weights have the shape (out, in).
+    Wrong shapes and unknown names are ValueError.
+    """
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def matrices(self, layer: int) -> Sequence[str]:
+        """The names of its matrices, in the order in which they are used."""
+        ...
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> Floats:
+        """The states before the first layer."""
+        ...
+
+    def run(self, layer: int, states: Floats) -> Floats:
+        """The states after a layer."""
+        ...
+
+    def capture(self, layer: int, states: Floats) -> tuple[Floats, Mapping[str, Floats]]:
+        """The states after a layer, and what each of its matrices was given: (rows, in). Rows are
+        texts x n, but for experts: those that were routed to it."""
+        ...
+
+    def head(self, states: Floats) -> Floats:
+        """The logits of states after the last layer: (texts, n, vocab_size)."""
+        ...
+
+    def weight(self, layer: int, matrix: str) -> Floats:
+        """As the layer computes with it: of one that was quantized, what its numbers mean."""
+        ...
+
+    def replace(self, layer: int, matrix: str, weight: Floats) -> None:
+        """Another weight of the same shape, for all that the runtime does from now on. Keys and values
+        that were computed before stay."""
+        ...
+
+    def differentiate(
+        self, layer: int, states: Floats, gradient: Floats
+    ) -> tuple[Floats, Mapping[str, Floats]]:
+        """gradient: of something with respect to the states after the layer. Returns its gradients with
+        respect to the states before, and to each matrix that is not quantized (of experts: zeros where
+        none was routed to them)."""
+        ...
 
 
 class Runtime(ABC):
@@ -294,6 +355,17 @@ class Runtime(ABC):
         """Drop positions [start, stop) and move those after them down by stop - start, re-rotating
         their keys. The move is computed when this returns: a snapshot taken next is right.
         Raises SharedCells if a position at or after `start` is shared: `privatise` first."""
+        raise NotImplementedError
+
+    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> None:
+        """Of positions [start, stop) keep, in every layer and head, the `keep` that got the most
+        attention since they were computed, in their order; those after move down as with `evict`. Which
+        tokens a position stands for then differs between heads. Needs `can.heavy_hitters`.
+        Source: H2O (Zhang et al. 2023, arXiv:2306.14048). Raises SharedCells."""
+        raise NotImplementedError
+
+    def layers(self) -> Layers:
+        """Access to the model's single layers. Needs `can.layers`."""
         raise NotImplementedError
 
     def privatise(self, sequence: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgeinfer.errors import BackendUnavailable
+from tests.contract import driving
 from tests.contract.checked_runtime import CheckedRuntime
 from tests.contract.runtimes import RUNTIMES, RuntimeFactory
 
@@ -31,6 +32,12 @@ def factory(request: pytest.FixtureRequest) -> RuntimeFactory:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(autouse=True)
+def rounding(factory: RuntimeFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `is_same` allows: nothing, but for a runtime that says it is not exact."""
+    monkeypatch.setattr(driving, "rounding", factory.rounding)
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ SETTINGS = RuntimeSettings(
 )
 
 
+_TORCH_ROUNDING = 1e-2
+
+
 @dataclass(frozen=True)
 class RuntimeFactory:
     """A backend and a small model for it. The model's file is made when it is first needed."""
@@ -30,6 +33,7 @@ class RuntimeFactory:
     kv_layout: Literal["auto", "shared", "private"] = "auto"
     least_sequences: int = 1  # where there are as many handles as sequences
     kv_type: str = "f16"
+    rounding: float = 0.0  # of logits, where `facts.exact` is False
 
     @property
     def settings(self) -> RuntimeSettings:
@@ -97,9 +101,32 @@ def _tiny_folder(folder: Path, model_type: ModelType) -> ModelFiles:
     return ModelFiles(name=path.name, paths=(path / "model.safetensors",), format="safetensors")
 
 
+def _converted_gguf(folder: Path) -> ModelFiles:
+    """Of a Hugging Face folder's tokenizer, which other programs than llama.cpp can read too."""
+    from edgeinfer.quantize.conversion import convert, plan_conversion
+    from edgeinfer_models.conversion.model import source_of_folder
+
+    path = folder / "converted.gguf"
+    if not path.exists():
+        model = source_of_folder(_tiny_folder(folder, "llama").paths[0].parent)
+        convert(plan_conversion(model, folder, "gguf", "f32", path, force=False))
+    return ModelFiles(name="converted", paths=(path,), format="gguf")
+
+
 def _mlx(model_type: ModelType) -> RuntimeFactory:
     return RuntimeFactory(
         f"mlx-{model_type}", lambda: get_backend("mlx"), lambda folder: _tiny_folder(folder, model_type)
+    )
+
+
+def _torch(model_type: ModelType, kv_type: str = "f16") -> RuntimeFactory:
+    name = f"torch-{model_type}" if kv_type == "f16" else f"torch-{model_type}-{kv_type}"
+    return RuntimeFactory(
+        name,
+        lambda: get_backend("torch"),
+        lambda folder: _tiny_folder(folder, model_type),
+        kv_type=kv_type,
+        rounding=_TORCH_ROUNDING,
     )
 
 
@@ -112,4 +139,13 @@ RUNTIMES = (
     _llamacpp("llamacpp-private-q8_0", "private", "q8_0"),
     _mlx("llama"),
     _mlx("qwen3"),
+    _torch("llama"),
+    _torch("qwen3", "int8"),
+    RuntimeFactory(
+        "torch-gguf",
+        lambda: get_backend("torch"),
+        _converted_gguf,
+        kv_type="fp8",
+        rounding=_TORCH_ROUNDING,
+    ),
 )

@@ -65,6 +65,12 @@ def test_facts_agree_with_what_was_asked_for(load: Load) -> None:
     assert facts.device
 
 
+def test_only_a_runtime_that_says_so_is_not_exact(
+    runtime: CheckedRuntime, factory: RuntimeFactory
+) -> None:
+    assert runtime.facts.exact == (factory.rounding == 0.0)
+
+
 def test_a_fresh_runtime_has_all_its_cells_free(runtime: CheckedRuntime) -> None:
     assert runtime.free_cells() == runtime.facts.cells
 

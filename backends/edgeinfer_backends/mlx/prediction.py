@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from edgeinfer.backend import Device, MemoryItem, RuntimeSettings
 from edgeinfer_backends.mlx.sequence_cache import GROWTH
+from edgeinfer_backends.private_sequences import IDLE_SEQUENCES
 from edgeinfer_models.config import ModelConfig
-
-IDLE_SEQUENCES = 32  # handles beyond those that run at once
 
 _FLOAT = 4
 _UNQUANTIZED = ("f32", "f16", "bf16")

@@ -6,32 +6,27 @@ matrix product that has no faster form for more rows), and a sequence's results 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeinfer.backend import (
-    BLOCK_TOKENS,
     Capabilities,
     MemoryItem,
-    Runtime,
     RuntimeFacts,
     RuntimeSettings,
-    Sampler,
     SequenceStep,
     Step,
     StepResult,
 )
-from edgeinfer.errors import EdgeInferError, OutOfCells, StepAborted, StepFailed
-from edgeinfer.sampling import SamplingParams
+from edgeinfer.errors import EdgeInferError, StepFailed
 from edgeinfer_backends.mlx.checked_folder import CheckedFolder
 from edgeinfer_backends.mlx.devices import describe_build, on_device, switches
 from edgeinfer_backends.mlx.model import MlxModel
-from edgeinfer_backends.mlx.prediction import IDLE_SEQUENCES, runtime_items
+from edgeinfer_backends.mlx.prediction import runtime_items
 from edgeinfer_backends.mlx.sequence_cache import SequenceCache, StepLayer
 from edgeinfer_backends.mlx.snapshots import SnapshotFormat
-from edgeinfer_backends.sampling_reference import ReferenceSampler
+from edgeinfer_backends.private_sequences import IDLE_SEQUENCES, PrivateRuntime
 from edgeinfer_models.hf_tokenizer import HfTokenizer
 from edgeinfer_models.tokenizer import Tokenizer
 
@@ -47,7 +42,7 @@ _KV_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _GPU_STABLE_CHUNK = 64
 
 
-class MlxRuntime(Runtime):
+class MlxRuntime(PrivateRuntime[SequenceCache]):
     def __init__(
         self,
         model: MlxModel,
@@ -78,7 +73,7 @@ class MlxRuntime(Runtime):
         }
         self._snapshots = SnapshotFormat(self._identity, shapes, self._type_k, self._type_v)
         self._warn(settings)
-        self._facts = RuntimeFacts(
+        facts = RuntimeFacts(
             backend="mlx",
             device=device,
             vocab_size=folder.vocab_size,
@@ -109,19 +104,9 @@ class MlxRuntime(Runtime):
             warnings=tuple(self._warnings),
         )
         self._weight_bytes = model.num_bytes
-        self._sequences: dict[int, SequenceCache] = {}
-        self._next_sequence = 0
-        self._rows: Logits | None = None
-        self._abort_lock = threading.Lock()
-        self._is_running = False
-        self._is_aborted = False
-        self._closed = False
+        self._begin(facts)
 
     # -- facts -----------------------------------------------------------------------------------
-
-    @property
-    def facts(self) -> RuntimeFacts:
-        return self._facts
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -180,7 +165,6 @@ class MlxRuntime(Runtime):
         """Padding is left out: it would cost its rows and gain nothing here."""
         self._rows = None
         starts, counts = self._check_step(step)
-        self._check_room(step)
         with self._abortable(), self._mapped("a step"):
             computed = [self._compute(part) for part in step.parts]
         with self._mapped("a step"):
@@ -221,60 +205,6 @@ class MlxRuntime(Runtime):
                 cache.length = length
             raise
 
-    def _check_step(self, step: Step) -> tuple[list[int], list[int]]:
-        """Row starts and counts. Raises ValueError."""
-        facts = self._facts
-        if not step.parts or step.padding < 0:
-            raise ValueError("a step needs at least one part and no negative padding")
-        seen: set[int] = set()
-        starts: list[int] = []
-        counts: list[int] = []
-        num_rows = 0
-        for part in step.parts:
-            self._check_sequence(part.sequence)
-            if part.sequence in seen:
-                raise ValueError(f"sequence {part.sequence} stands in the step twice")
-            seen.add(part.sequence)
-            self._check_tokens(part.tokens)
-            if part.logits not in ("none", "last", "all"):
-                raise ValueError(f"logits are none, last or all, not {part.logits!r}")
-            starts.append(num_rows)
-            counts.append({"none": 0, "last": 1, "all": len(part.tokens)}[part.logits])
-            num_rows += counts[-1]
-        if step.num_tokens > facts.max_step_tokens:
-            raise ValueError(f"a step of {step.num_tokens} tokens; at most {facts.max_step_tokens}")
-        if num_rows > facts.max_logit_rows:
-            raise ValueError(f"{num_rows} rows of logits; at most {facts.max_logit_rows}")
-        return starts, counts
-
-    def _check_room(self, step: Step) -> None:
-        for part in step.parts:
-            length = self._sequences[part.sequence].length
-            if length + len(part.tokens) > self._facts.context:
-                raise OutOfCells(
-                    f"sequence {part.sequence} has {length} positions and {len(part.tokens)} more do not"
-                    f" fit into its context of {self._facts.context}; evict, or load with more context"
-                )
-        self._need_cells(step.num_tokens)
-
-    def abort(self) -> None:
-        with self._abort_lock:
-            self._is_aborted = self._is_running
-
-    @contextmanager
-    def _abortable(self) -> Iterator[None]:
-        with self._abort_lock:
-            self._is_running, self._is_aborted = True, False
-        try:
-            yield
-        finally:
-            with self._abort_lock:
-                self._is_running = False
-
-    def _interrupt(self) -> None:
-        if self._is_aborted:
-            raise StepAborted("the step was interrupted")
-
     @contextmanager
     def _mapped(self, what: str) -> Iterator[None]:
         """MLX's own errors, on this runtime's device."""
@@ -286,38 +216,12 @@ class MlxRuntime(Runtime):
         except Exception as error:
             raise StepFailed(f"MLX failed on {what} ({type(error).__name__}: {error})") from error
 
-    def logits(self, row: int) -> Logits:
-        num_rows = 0 if self._rows is None else len(self._rows)
-        if self._rows is None or not 0 <= row < num_rows:
-            raise ValueError(f"row {row}: the last step has {num_rows} rows of logits")
-        found: Logits = self._rows[row]
-        return found
-
-    def create_sampler(self, params: SamplingParams, seed: int) -> Sampler:
-        return ReferenceSampler(params, seed, self._facts.vocab_size)
-
-    def sample(self, row: int | Logits, sampler: Sampler, mask: bytes | None = None) -> int:
-        import numpy as np
-
-        if not isinstance(sampler, ReferenceSampler):
-            raise ValueError(f"a {type(sampler).__name__} is not a sampler of this runtime")
-        logits = self.logits(row) if isinstance(row, int) else sampler.checked(row)
-        if not np.isfinite(logits[logits.argmax()]):  # argmax finds a NaN first
-            raise StepFailed("the model produced numbers that are not finite; is the file damaged?")
-        return sampler.draw(logits, mask)
-
-    def set_threads(self, threads: int, threads_batch: int) -> None:
-        """MLX has no such setting: checked and left."""
-        if threads < 0 or threads_batch < 0:
-            raise ValueError("thread counts must be at least 1, or 0 for those of the load")
-
     def embed(self, sequence: int, tokens: Sequence[int]) -> list[float]:
         import mlx.core as mx
         import numpy as np
 
         part = SequenceStep(sequence, tokens, "none")
         self._check_step(Step([part]))
-        self._check_room(Step([part]))
         self._rows = None
         cache = self._sequences[sequence]
         with self._mapped("an embedding"):
@@ -331,135 +235,27 @@ class MlxRuntime(Runtime):
 
     # -- sequences -------------------------------------------------------------------------------
 
-    def open(self) -> int:
-        self._check_open()
-        return self._add(SequenceCache(self._model.num_layers, self._type_k, self._type_v))
+    def _new_cache(self) -> SequenceCache:
+        return SequenceCache(self._model.num_layers, self._type_k, self._type_v)
 
-    def _add(self, cache: SequenceCache) -> int:
-        self._need_handle()
-        sequence = self._next_sequence
-        self._next_sequence += 1
-        self._sequences[sequence] = cache
-        return sequence
+    def _evict(self, cache: SequenceCache, start: int, stop: int) -> None:
+        assert self._rotations is not None
+        cache.evict(start, stop, self._rotations)
 
-    def free(self, sequence: int) -> None:
-        self._check_sequence(sequence)
-        self._rows = None
-        del self._sequences[sequence]
+    def _pack(self, cache: SequenceCache, start: int, stop: int) -> bytes:
+        return self._snapshots.pack(cache, start, stop)
 
-    def length(self, sequence: int) -> int:
-        self._check_sequence(sequence)
-        return self._sequences[sequence].length
+    def _unpack(self, payload: bytes, start: int, count: int) -> Any:
+        return self._snapshots.unpack(payload, start, count)
 
-    def free_cells(self) -> int:
-        return self._facts.cells - sum(cache.length for cache in self._sequences.values())
+    def _extend(self, cache: SequenceCache, unpacked: Any) -> None:
+        cache.commit(unpacked)
 
-    def fork(self, sequence: int, length: int) -> int:
-        self._check_range(sequence, 0, length)
-        self._need_handle()
-        self._need_cells(length)
-        self._rows = None
-        with self._mapped("a fork"):
-            return self._add(self._sequences[sequence].fork(length))
-
-    def rewind(self, sequence: int, length: int) -> None:
-        self._check_range(sequence, 0, length)
-        self._rows = None
-        with self._mapped("a rewind"):
-            self._sequences[sequence].rewind(length)
-
-    def evict(self, sequence: int, start: int, stop: int) -> None:
-        self._check_range(sequence, start, stop)
-        if self._rotations is None:
-            raise NotImplementedError("this model's positions cannot be shifted")
-        self._rows = None
-        cache = self._sequences[sequence]
-        if start == stop:
-            return
-        with self._mapped("an eviction"):
-            if stop == cache.length:
-                cache.rewind(start)
-            else:
-                cache.evict(start, stop, self._rotations)
-
-    def privatise(self, sequence: int) -> None:
-        self._check_sequence(sequence)  # all sequences are
-
-    def snapshot(self, sequence: int, start: int, stop: int) -> bytes:
-        self._check_range(sequence, start, stop)
-        if not 1 <= stop - start <= BLOCK_TOKENS:
-            raise ValueError(f"a snapshot holds 1 to {BLOCK_TOKENS} positions, not {stop - start}")
-        self._rows = None
-        with self._mapped("a snapshot"):
-            return self._snapshots.pack(self._sequences[sequence], start, stop)
-
-    def restore(self, sequence: int, payload: bytes, num_positions: int) -> None:
-        self._check_sequence(sequence)
-        self._rows = None
-        cache = self._sequences[sequence]
-        with self._mapped("a restore"):
-            staged = self._snapshots.unpack(payload, cache.length, num_positions)
-            if cache.length + num_positions > self._facts.context:
-                raise OutOfCells(f"{num_positions} positions more do not fit into the context")
-            self._need_cells(num_positions)
-            cache.commit(staged)
-
-    def is_in_order(self, sequence: int) -> bool:
-        self._check_sequence(sequence)
-        return True
-
-    def check_integrity(self) -> None:
-        assert 0 <= self.free_cells() <= self._facts.cells
-        assert len(self._sequences) <= self._facts.max_sequences
-        for cache in self._sequences.values():
-            assert 0 <= cache.length <= self._facts.context
-            cache.check_integrity()
-
-    def close(self) -> None:
-        if self._closed:
-            return
+    def _release(self) -> None:
         import mlx.core as mx
 
-        self._closed = True
-        self._rows = None
-        self._sequences.clear()
         del self._model, self._rotations
         mx.clear_cache()
-
-    # -- arguments -------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the runtime is closed")
-
-    def _check_sequence(self, sequence: int) -> None:
-        self._check_open()
-        if sequence not in self._sequences:
-            raise ValueError(f"there is no sequence {sequence}")
-
-    def _check_range(self, sequence: int, start: int, stop: int) -> None:
-        self._check_sequence(sequence)
-        length = self._sequences[sequence].length
-        if not 0 <= start <= stop <= length:
-            raise ValueError(f"positions [{start}, {stop}) of a sequence of {length}")
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        """MLX reads an embedding row without looking whether there is one."""
-        if not len(tokens):
-            raise ValueError("a part without tokens")
-        if min(tokens) < 0 or max(tokens) >= self._facts.vocab_size:
-            raise ValueError(f"a token is outside the vocabulary of {self._facts.vocab_size}")
-
-    def _need_handle(self) -> None:
-        if len(self._sequences) >= self._facts.max_sequences:
-            raise OutOfCells(f"all {self._facts.max_sequences} sequences are in use; free one")
-
-    def _need_cells(self, count: int) -> None:
-        if count > self.free_cells():
-            raise OutOfCells(
-                f"{count} cells are needed and {self.free_cells()} of {self._facts.cells} are free;"
-                " free or shorten a sequence"
-            )
 
 
 def _staged(layers: Sequence[StepLayer]) -> list[tuple[mx.array, mx.array]]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.errors import SnapshotRejected
+from edgeinfer_backends.snapshot_frame import SnapshotFrame
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
     from edgeinfer_backends.mlx.sequence_cache import SequenceCache
-
-# magic, version, digest of the identity, start, stop, checksum of everything else
-_HEAD = struct.Struct("<4sI16sIII")
-_MAGIC = b"eiMX"
-_VERSION = 1
 
 
 class SnapshotFormat:
@@ -31,8 +23,7 @@ class SnapshotFormat:
         type_k: Any,
         type_v: Any,
     ) -> None:
-        text = repr(sorted(identity.items()))
-        self._identity = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        self._frame = SnapshotFrame(b"eiMX", 1, identity)
         self._shapes = shapes
         self._type_k, self._type_v = type_k, type_v
 
@@ -45,28 +36,11 @@ class SnapshotFormat:
         parts: list[bytes] = []
         for layer in range(len(self._shapes)):
             parts.extend(_to_bytes(rows) for rows in cache.rows(layer, start, stop))
-        body = b"".join(parts)
-        check = _checksum(self._identity, start, stop, body)
-        return _HEAD.pack(_MAGIC, _VERSION, self._identity, start, stop, check) + body
+        return self._frame.wrap(start, stop, b"".join(parts))
 
     def unpack(self, payload: bytes, start: int, count: int) -> list[tuple[mx.array, mx.array]]:
         """Each layer's rows, as `SequenceCache.commit` takes them. Raises SnapshotRejected."""
-        if len(payload) < _HEAD.size:
-            raise SnapshotRejected(f"a KV snapshot of {len(payload)} bytes is too short to be one")
-        magic, version, identity, begin, end, check = _HEAD.unpack_from(payload)
-        body = memoryview(payload)[_HEAD.size :]
-        if magic != _MAGIC or version != _VERSION:
-            raise SnapshotRejected("these bytes are not a KV snapshot of this version")
-        if identity != self._identity:
-            raise SnapshotRejected("the KV snapshot belongs to another model, KV type or version of mlx")
-        if (begin, end) != (start, start + count):
-            raise SnapshotRejected(
-                f"the KV snapshot holds positions [{begin}, {end}), not [{start}, {start + count})"
-            )
-        if len(body) != count * self.bytes_per_position or check != _checksum(
-            identity, begin, end, body
-        ):
-            raise SnapshotRejected("the KV snapshot is damaged")
+        body = self._frame.unwrap(payload, start, count, count * self.bytes_per_position)
         layers, offset = [], 0
         for heads, size_k, size_v in self._shapes:
             pair = []
@@ -77,10 +51,6 @@ class SnapshotFormat:
                 offset += num_bytes
             layers.append((pair[0], pair[1]))
         return layers
-
-
-def _checksum(identity: bytes, start: int, stop: int, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(identity + struct.pack("<II", start, stop)))
 
 
 def _to_bytes(rows: mx.array) -> bytes:

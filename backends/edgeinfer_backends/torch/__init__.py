@@ -1,0 +1,77 @@
+"""torch: one decoder for all families. The reference that other backends are held to, and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeinfer.backend import (
+    Backend,
+    Device,
+    MemoryItem,
+    Probe,
+    Progress,
+    Runtime,
+    RuntimeSettings,
+)
+from edgeinfer.errors import BackendUnavailable, LoadFailed, ModelError, UnsupportedModel
+from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
+
+INSTALL = "run `pip install edgeinfer[torch]`"
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    formats = ("safetensors", "gguf")
+
+    def probe(self) -> Probe:
+        try:
+            return _probe()
+        except Exception as error:  # whatever a broken installation raises
+            return Probe(False, f"torch is installed but does not work here ({error}); {INSTALL}")
+
+    def predict_memory(
+        self,
+        files: ModelFiles,
+        config: ModelConfig | None,
+        settings: RuntimeSettings,
+        devices: Sequence[Device] = (),
+    ) -> list[MemoryItem]:
+        from edgeinfer_backends.torch.prediction import predict_memory
+
+        if config is None:
+            raise ValueError("torch's memory is worked out from a model's configuration")
+        return predict_memory(config, settings, devices)
+
+    def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
+        if files.format not in self.formats:
+            raise LoadFailed(f"{files.name} is a {files.format} model; torch reads safetensors and GGUF")
+        if settings.adapters:
+            raise LoadFailed("adapters are not supported yet")
+        found = self.probe()
+        if not found.usable:
+            raise BackendUnavailable(found.reason)
+        from edgeinfer_backends.torch.loading import load_runtime
+
+        try:
+            return load_runtime(files, settings, progress)
+        except UnsupportedModel:
+            raise
+        except ModelError as error:  # damaged or incomplete
+            raise LoadFailed(f"{files.name}: {error}") from error
+
+
+def _probe() -> Probe:
+    from importlib.util import find_spec
+
+    for module in ("torch", "tokenizers"):
+        if find_spec(module) is None:
+            return Probe(False, f"{module} is not installed; {INSTALL}")
+    import torch
+
+    from edgeinfer_backends.torch.devices import describe_build, devices
+
+    return Probe(True, version=torch.__version__, build=describe_build(), devices=tuple(devices()))

@@ -1,0 +1,122 @@
+"""From a model's files to a runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from edgeinfer.backend import Progress, RuntimeSettings
+from edgeinfer.errors import EdgeInferError, LoadFailed
+from edgeinfer_backends.torch.devices import (
+    chosen_device,
+    describe_build,
+    is_fast_at_bf16,
+    switches,
+)
+from edgeinfer_backends.torch.number_types import NumberTypes, choose
+from edgeinfer_backends.torch.runtime import TorchRuntime
+from edgeinfer_backends.torch.weights import load_decoder
+from edgeinfer_models.config import config_from_gguf, config_from_hf
+from edgeinfer_models.conversion.model import SourceModel, source_of_folder, source_of_gguf
+from edgeinfer_models.gguf_header import GgufHeader
+from edgeinfer_models.hf_tokenizer import HfTokenizer, read_hf_tokenizer
+from edgeinfer_models.model_files import ModelFiles
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> TorchRuntime:
+    """Raises LoadFailed, UnsupportedModel, ModelError's of the files; ValueError for settings that
+    cannot be."""
+    for setting in ("context", "sequences", "step_tokens", "logit_rows"):
+        if getattr(settings, setting) < 1:
+            raise ValueError(f"{setting} must be at least 1, not {getattr(settings, setting)}")
+    if not files.paths:
+        raise LoadFailed(f"{files.name}: no weights are named")
+    is_gguf = files.format == "gguf"
+    model = source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
+    device = chosen_device(settings)
+    types = _number_types(model, settings, device)
+    tokenizer = _tokenizer(model)
+    with _mapped(files.name):
+        dtype = _DTYPES[types.computed]
+        decoder = load_decoder(model, dtype, device, types.held, progress)
+        identity = {
+            **_identity(files, model),
+            "numbers": f"{types.computed}/{types.held}",
+            "adapters": "",
+            "backend": "torch",
+            "build": describe_build(),
+            "device": str(device),
+            "switches": switches(),
+        }
+        warnings = [types.note] if types.note else []
+        runtime = TorchRuntime(decoder, tokenizer, settings, device, dtype, identity, warnings)
+    if not progress(1.0):
+        runtime.close()
+        raise LoadFailed(f"loading {files.name} was cancelled")
+    return runtime
+
+
+def _number_types(model: SourceModel, settings: RuntimeSettings, device: torch.device) -> NumberTypes:
+    origin = model.origin
+    if isinstance(origin, GgufHeader):
+        config = config_from_gguf(origin)
+    else:
+        config = config_from_hf(origin.folder)
+    return choose(
+        settings.load_as,
+        config.quantization,
+        fast_bf16=is_fast_at_bf16(device),
+        device=device.type,
+        family=model.family.name,
+    )
+
+
+def _tokenizer(model: SourceModel) -> HfTokenizer:
+    """A GGUF file's vocabulary is written as tokenizer.json first: there is one reader of it."""
+    origin = model.origin
+    if not isinstance(origin, GgufHeader):
+        return read_hf_tokenizer(origin.folder, model.shape.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="edgeinfer-torch-") as name:
+        folder = Path(name)
+        for file, text in model.hf_files().items():
+            (folder / file).write_text(text, encoding="utf-8")
+        return read_hf_tokenizer(folder, model.shape.vocab_size)
+
+
+def _identity(files: ModelFiles, model: SourceModel) -> Mapping[str, str]:
+    origin = model.origin
+    if isinstance(origin, GgufHeader):
+        paths = list(origin.shards)
+    else:
+        paths = [shard.path for shard in origin.shards]
+    shape = json.dumps(asdict(model.shape), sort_keys=True)
+    return {
+        "weights": files.digest or ";".join(_stamp(path) for path in paths),
+        "config": hashlib.sha256(shape.encode()).hexdigest(),  # RoPE among it
+    }
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+@contextmanager
+def _mapped(name: str) -> Iterator[None]:
+    try:
+        yield
+    except EdgeInferError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise LoadFailed(f"{name}: does not fit into the memory of the GPU ({error})") from error
+    except Exception as error:
+        raise LoadFailed(f"{name}: torch refused the model ({type(error).__name__}: {error})") from error

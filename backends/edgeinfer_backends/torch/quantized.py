@@ -1,0 +1,149 @@
+"""Matrices of 8 and 4 bits in the place of a `Linear`.
+
+Int8Linear computes in whole numbers, but for the few inputs that are far larger than the rest (LLM.int8,
+Dettmers et al. 2022, arXiv:2208.07339). Int4Linear only stores in 4 bits, in groups with a scale and an
+offset each (as tinygemm and gpt-fast do).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeinfer_backends.torch.number_types import Held
+
+OUTLIER = 6.0  # the paper's: entries this large are rare and make their whole column an outlier
+GROUP = 32  # weights of an Int4Linear that share a scale
+_LEAST_ROWS = 32  # CUDA multiplies whole numbers of no fewer
+_FEW_ROWS = 96  # up to here the kernel for 4 bits beats unpacking (measured on AVX-512, 2 cores)
+
+
+def quantized(linear: nn.Linear, held: Held) -> nn.Module:
+    """Matrices whose rows are no multiple of a group stay as they are."""
+    if held == "int8":
+        return Int8Linear(linear)
+    if linear.in_features % GROUP or linear.out_features % 64:
+        return linear
+    return Int4Linear(linear)
+
+
+class Int8Linear(nn.Module):
+    """weight: (out, in) int8 with a scale for each row; inputs are rounded row by row. Columns of the
+    input with an entry of `outlier` or more are multiplied in the input's own type."""
+
+    def __init__(self, linear: nn.Linear, outlier: float = OUTLIER) -> None:
+        super().__init__()
+        wide = linear.weight.detach().float()
+        scales = wide.abs().amax(dim=1).clamp_min(1e-12) / 127.0
+        self.register_buffer("weight", (wide / scales.unsqueeze(1)).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._outlier = outlier
+
+    weight: Tensor
+    scales: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out)."""
+        columns = (x.abs() >= self._outlier).any(dim=0).nonzero().squeeze(1)
+        rest = x.float()
+        if columns.numel():
+            rest = rest.index_fill(1, columns, 0.0)
+        row_scales = rest.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127.0
+        numbers = (rest / row_scales).round().to(torch.int8)
+        found = _product(numbers, self.weight).float() * row_scales * self.scales
+        if columns.numel():
+            weights = self.weight[:, columns].float() * self.scales.unsqueeze(1)
+            found = found + functional.linear(x[:, columns], weights.to(x.dtype)).float()
+        found = found.to(x.dtype)
+        return found if self.bias is None else found + self.bias
+
+    def dequantized(self) -> Tensor:
+        return self.weight.float() * self.scales.unsqueeze(1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x: (n, in), weight: (out, in), int8. (n, out) int32."""
+    rows = x.shape[0]
+    if x.is_cuda and rows < _LEAST_ROWS:
+        x = functional.pad(x, (0, 0, 0, _LEAST_ROWS - rows))
+    return torch._int_mm(x, weight.t())[:rows]
+
+
+class Int4Linear(nn.Module):
+    """Rounded to 16 steps between the least and the largest of each group. weight = (n - 8) * scale +
+    offset, n in 0..15."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        wide = linear.weight.detach().float()
+        numbers, scales, offsets = rounded_to_4_bits(wide)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._size = (linear.out_features, linear.in_features)
+        pairs = torch.stack((scales, offsets), dim=-1).transpose(0, 1).contiguous()
+        is_cuda = wide.is_cuda
+        # tinygemm's kernel is for bf16 only; the processor's for any.
+        self._computed = torch.bfloat16 if is_cuda else linear.weight.dtype
+        self.register_buffer("scales_and_offsets", pairs.to(self._computed))
+        self.register_buffer("packed", _packed(numbers))
+        self._can_unpack = not is_cuda and torch.equal(
+            _unpacked(self.packed, *self._size).to(torch.int32), numbers
+        )
+        self.bias = linear.bias
+
+    packed: Tensor
+    scales_and_offsets: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out)."""
+        if self._can_unpack and x.shape[0] > _FEW_ROWS:
+            return functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+        inner = x.to(self._computed)
+        if x.is_cuda:
+            found = torch._weight_int4pack_mm(inner, self.packed, GROUP, self.scales_and_offsets)
+        else:
+            found = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                inner, self.packed, GROUP, self.scales_and_offsets
+            )
+        found = found.to(x.dtype)
+        return found if self.bias is None else found + self.bias
+
+    def dequantized(self) -> Tensor:
+        """(out, in), of the type that it computes in."""
+        numbers = _unpacked(self.packed, *self._size).view(self._size[0], -1, GROUP)
+        scales, offsets = (each.t().unsqueeze(-1) for each in self.scales_and_offsets.unbind(dim=-1))
+        found = numbers.to(self._computed).sub_(8).mul_(scales).add_(offsets)
+        return found.view(self._size)
+
+
+def rounded_to_4_bits(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """wide: (out, in) float32. Numbers 0..15 as int32 (out, in), scales and offsets (out, groups)."""
+    groups = wide.view(wide.shape[0], -1, GROUP)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scales = ((high - low) / 15.0).clamp_min(1e-12)
+    numbers = ((groups - low.unsqueeze(-1)) / scales.unsqueeze(-1)).round().clamp(0, 15)
+    return numbers.to(torch.int32).view(wide.shape), scales, low + 8.0 * scales
+
+
+def _packed(numbers: Tensor) -> Tensor:
+    """As the kernel of the device they are on wants them."""
+    if numbers.is_cuda:
+        pairs = (numbers[:, ::2] << 4 | numbers[:, 1::2]).to(torch.uint8)
+        return torch._convert_weight_to_int4pack(pairs, 8)
+    found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    return found
+
+
+def _unpacked(packed: Tensor, rows: int, width: int) -> Tensor:
+    """What the processor's packing is, as far as is known: of 64 rows, for each column, 16 bytes with
+    the rows at 0 and 32 and 16 bytes with those at 16 and 48 (torch 2.13, AVX-512). Whoever calls this
+    compares once: it is nobody's promise."""
+    if packed.numel() != rows * width // 2 or packed.dtype != torch.uint8:
+        return torch.empty(0)
+    blocks = packed.view(rows // 64, width, 2, 16)
+    low, high = blocks & 15, blocks >> 4
+    # (block, column, half, lane): low has the rows 0 and 16, high those at 32 and 48
+    found = torch.stack((low, high), dim=2)
+    return found.view(rows // 64, width, 64).transpose(1, 2).reshape(rows, width)
