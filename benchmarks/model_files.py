@@ -93,14 +93,23 @@ def starter_q4_0() -> Path:
 
 def starter_f16() -> Path:
     """The starter with its weights taken off their grid's form: the same values in F16; kept."""
+    original = starter()
+    return _in_f16(original, f"smollm2-f16-{sha256_of(original)[:16]}.gguf")
+
+
+def gemma_f16() -> Path:
+    """Gemma 3 270M: the values of its quantized weights, rounded to F16; kept."""
+    return _in_f16(gemma(), "gemma-3-270m-f16.gguf")
+
+
+def _in_f16(original: Path, name: str) -> Path:
     import gguf
     import numpy as np
     from gguf.quants import dequantize
 
-    original = starter()
     folder = cache_folder() / "benchmark-models"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"smollm2-f16-{sha256_of(original)[:16]}.gguf"
+    target = folder / name
     if target.exists():
         return target
     reader = gguf.GGUFReader(original)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 256  # positions in one snapshot block
 
 KvLayout = Literal["shared", "private"]
+LoadAs = Literal["auto", "f32", "bf16", "f16", "int8", "int4"]
+LOAD_AS: tuple[LoadAs, ...] = ("auto", "f32", "bf16", "f16", "int8", "int4")
 LogitRows = Literal["none", "last", "all"]
 Progress = Callable[[float], bool]  # called with 0..1; returning False cancels the load
 
@@ -76,8 +78,7 @@ class RuntimeSettings:
     mmap: bool = True  # where it costs no second copy of the weights
     adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
     kv_layout: Literal["auto", "shared", "private"] = "auto"  # where the backend has both
-    # In what weights are held and computed with (torch): auto, f32, bf16, f16, int8 or int4.
-    load_as: str = "auto"
+    load_as: LoadAs = "auto"  # in what weights are held and computed with, where a backend can choose
     # Count how much attention each position gets, for `evict_lightest`, where a backend can.
     heavy_hitters: bool = False
 
@@ -415,6 +416,9 @@ class Backend(ABC):
 
     name: str
     formats: tuple[str, ...]  # of ModelFiles it opens
+    own_kv_types: tuple[str, ...] = ()  # that no other backend has, beside llama.cpp's
+    loads_as: tuple[LoadAs, ...] = ("auto",)  # what `RuntimeSettings.load_as` can be
+    counts_attention: bool = False  # heeds `RuntimeSettings.heavy_hitters`
 
     @abstractmethod
     def probe(self) -> Probe:

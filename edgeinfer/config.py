@@ -38,6 +38,8 @@ KEYS: Mapping[str, Kind] = {
     "kv-type-v": "text",
     "window": "whole",
     "sinks": "whole",
+    "eviction": "text",
+    "load-as": "text",
     "overflow": "text",
     "cache-ram": "size",
     "cache-disk": "size",

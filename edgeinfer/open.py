@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from edgeinfer.backend import MemoryItem, RuntimeSettings
+from edgeinfer.backend import LoadAs, MemoryItem, RuntimeSettings
 from edgeinfer.engine.disk_cache import prompts_folder
 from edgeinfer.engine.process import LoadCommand
-from edgeinfer.engine.window import DEFAULT_SINKS
+from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
 from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
 from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer.machine.probe import default_threads
 from edgeinfer.registry import backend_names, get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
+from edgeinfer_models.ggml_types import KV_TYPES
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.resolve import ResolvedModel, resolve_model
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
 
 DEFAULT_CONTEXT = 4096
-AUTO = "auto"
+AUTO: Final = "auto"
 MIN_CONTEXT = 32
 MAX_CONTEXT = 2**24
 MAX_SEQUENCES = 64
@@ -53,6 +54,8 @@ class OpenOptions:
     sequences: int = 1
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
+    eviction: Eviction = "streaming"  # what leaves
+    load_as: LoadAs = "auto"  # in what weights are held, where a backend can choose
     cache_bytes: int = DEFAULT_CACHE_BYTES
     cache_disk_bytes: int = 0  # of the prompt cache that survives the process; 0: none
     cache_dir: str | None = None  # None: the user's folder for caches
@@ -122,6 +125,7 @@ def plan_open(
             " which it may not have been trained on"
         )
     warnings += _sinks_warnings(options)
+    check_choices(backend, (options.kv_type_k, options.kv_type_v), options.load_as, options.eviction)
     command = LoadCommand(
         backend,
         resolved.files,
@@ -138,6 +142,7 @@ def plan_open(
         cache_folder=str(prompts_folder(options.cache_dir)),
         window=options.window,
         sinks=options.sinks,
+        eviction=options.eviction,
         costs_folder=str(costs_folder()),
         tunes_threads=not (options.threads or options.threads_batch),
     )
@@ -167,6 +172,25 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
     )
     template = TemplateSource(FALLBACKS["chatml"], "fallback", bos="", eos="<|im_end|>", name="chatml")
     return OpenPlan(files.name, "", command, template, tuple(_sinks_warnings(options)))
+
+
+def check_choices(
+    name: str, kv_types: Iterable[str], load_as: LoadAs = AUTO, eviction: Eviction = "streaming"
+) -> None:
+    """What only some backends can do. Raises UsageError."""
+    backend = get_backend(name)
+    for kind in kv_types:
+        if kind not in (AUTO, *KV_TYPES, *backend.own_kv_types):
+            raise UsageError(f"the {name} backend has no KV cache of type {kind}; take q8_0")
+    if load_as not in backend.loads_as:
+        raise UsageError(
+            f"--load-as {load_as}: the {name} backend computes with weights as they are stored;"
+            " --backend torch can choose"
+        )
+    if eviction == "h2o" and not backend.counts_attention:
+        raise UsageError(
+            f"--eviction h2o: the {name} backend does not count attention; --backend torch does"
+        )
 
 
 def _sinks_warnings(options: OpenOptions) -> list[str]:
@@ -199,6 +223,8 @@ def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
         logit_rows=max(LOGIT_ROWS, options.sequences),
         kv_type_k=_kv_type(options.kv_type_k),
         kv_type_v=_kv_type(options.kv_type_v),
+        load_as=options.load_as,
+        heavy_hitters=options.eviction == "h2o",
         flash_attention=options.flash_attention,
         threads=options.threads or decode,
         threads_batch=options.threads_batch or options.threads or prefill,

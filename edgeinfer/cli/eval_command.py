@@ -30,12 +30,13 @@ def evaluate(
     backend: options.Backend = "auto",
     threads: options.Threads = "auto",
     gpu_layers: options.GpuLayers = "auto",
+    load_as: options.LoadAs = "auto",
     quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure what a quantized KV cache or a window costs in quality."""
-    from edgeinfer.cli.opening import open_options, puller
+    from edgeinfer.cli.opening import KV_TYPES, open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.measure.eval_report import check_eval_picture
     from edgeinfer.measure.evaluation import (
@@ -47,13 +48,12 @@ def evaluate(
         parse_settings,
     )
     from edgeinfer.measure.texts import measured_text
-    from edgeinfer.open import plan_open
-    from edgeinfer_models.ggml_types import KV_TYPES
+    from edgeinfer.open import check_choices, plan_open
 
     chosen = next((name for name in SUITES if name == suite), None)
     if chosen is None:
         raise UsageError(f"--suite {suite[:40]!r} does not exist; there are {', '.join(SUITES)}")
-    wanted = parse_settings(chosen, settings or DEFAULT_SETTINGS[chosen], KV_TYPES)
+    wanted = parse_settings(chosen, settings or DEFAULT_SETTINGS[chosen], KV_TYPES[1:])
     if tokens is not None and not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         raise UsageError(f"--tokens {tokens} is outside [{LEAST_TOKENS}, {MOST_TOKENS}]")
     plan = EvalPlan(chosen, wanted, tokens or DEFAULT_TOKENS[chosen], measured_text(text))
@@ -66,6 +66,7 @@ def evaluate(
         ctx=None,
         threads=threads,
         gpu_layers=gpu_layers,
+        load_as=load_as,
         kv_type="f16",
         kv_type_k=None,
         kv_type_v=None,
@@ -78,6 +79,9 @@ def evaluate(
 
     try:
         opening = plan_open(replace(opened, remember=False), puller(show))
+        for each in wanted:
+            kinds = (each.kv_type_k, each.kv_type_v)
+            check_choices(opening.command.backend, kinds, eviction=each.eviction)
         running = Evaluation(opening.command, plan, show)
         rows: Rows = []
         with first_interrupt(running.stop) as interrupted:

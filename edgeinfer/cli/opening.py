@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
+from edgeinfer.backend import LOAD_AS
 from edgeinfer.cli.options import parse_count, parse_size
 from edgeinfer.errors import UsageError
 from edgeinfer_models.ggml_types import KV_TYPES as _KV_TYPES
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
     from edgeinfer.client.http import HttpClient
     from edgeinfer.engine.request import Overflow
+    from edgeinfer.engine.window import Eviction
     from edgeinfer.open import OpenOptions
 
+NameT = TypeVar("NameT", bound=str)
 OVERFLOWS: tuple[Overflow, ...] = ("stream", "stop", "error")
-KV_TYPES = ("auto", *_KV_TYPES)
+EVICTIONS: tuple[Eviction, ...] = ("streaming", "h2o")
+KV_TYPES = ("auto", *_KV_TYPES, "int8", "fp8")  # the last two: torch's
 
 
 def open_options(
@@ -34,6 +38,8 @@ def open_options(
     kv_type_v: str | None,
     window: int | None = None,
     sinks: int = 4,
+    eviction: str = "streaming",
+    load_as: str = "auto",
     cache_ram: str,
     cache_disk: str = "0",
     cache_dir: str | None = None,
@@ -65,6 +71,8 @@ def open_options(
         kv_type_v=kv_type_v or kv_type,
         window=window,
         sinks=sinks,
+        eviction=_one_of("--eviction", eviction, EVICTIONS),
+        load_as=_one_of("--load-as", load_as, LOAD_AS),
         cache_bytes=0 if no_cache else parse_size("--cache-ram", cache_ram),
         cache_disk_bytes=0 if no_cache else parse_size("--cache-disk", cache_disk),
         cache_dir=cache_dir,
@@ -74,16 +82,21 @@ def open_options(
 # What only the one who loads a model can choose.
 _LOADING = (
     *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
-    *("window", "sinks", "overflow", "cache_disk", "cache_dir", "no_cache"),
+    *("window", "sinks", "eviction", "load_as", "overflow"),
+    *("cache_disk", "cache_dir", "no_cache"),
 )
 
 
 def checked_overflow(name: str) -> Overflow:
     """Raises UsageError."""
-    for known in OVERFLOWS:
-        if name == known:
-            return known
-    raise UsageError(f"--overflow {name[:40]!r} is not one of {', '.join(OVERFLOWS)}")
+    return _one_of("--overflow", name, OVERFLOWS)
+
+
+def _one_of(option: str, name: str, known: Sequence[NameT]) -> NameT:
+    for each in known:
+        if name == each:
+            return each
+    raise UsageError(f"{option} {name[:40]!r} is not one of {', '.join(known)}")
 
 
 def attached(context: typer.Context, url: str, api_key: str | None) -> HttpClient:

@@ -122,8 +122,9 @@ KvType = Annotated[
     str,
     _option(
         "kv-type",
-        "Type of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl; or auto: q8_0"
-        " where it makes answers faster here, or f16 does not fit, and costs next to nothing; else f16.",
+        "Type of the KV cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl (torch: int8,"
+        " fp8); or auto: q8_0 where it makes answers faster here, or f16 does not fit, and costs next to"
+        " nothing; else f16.",
         "TYPE",
         _MODEL,
     ),
@@ -142,6 +143,25 @@ Window = Annotated[
 Sinks = Annotated[
     int,
     _option("sinks", "First tokens that stay when old ones leave a full context.", "N", _MODEL),
+]
+Eviction = Annotated[
+    str,
+    _option(
+        "eviction",
+        "What leaves a full context: streaming, the oldest tokens; h2o, those that got the least"
+        " attention (torch).",
+        "HOW",
+        _MODEL,
+    ),
+]
+LoadAs = Annotated[
+    str,
+    _option(
+        "load-as",
+        "In what the torch backend holds and computes weights: f32, bf16, f16, int8, int4; or auto.",
+        "TYPE",
+        _MODEL,
+    ),
 ]
 Overflow = Annotated[
     str,

@@ -23,6 +23,20 @@ READ_AGAIN = (
 )
 
 
+def let_go(runtime: Runtime, sequence: int, window: Window, head: int, count: int) -> None:
+    """`count` positions behind the head leave, and the rest moves down. Raises SharedCells.
+
+    Source of "h2o": Zhang et al. 2023, arXiv:2306.14048; half of the budget is for the most recent
+    tokens, as there.
+    """
+    if window.eviction == "streaming":
+        runtime.evict(sequence, head, head + count)
+        return
+    recent = (window.size - head) // 2
+    stop = max(head + count, runtime.length(sequence) - recent)
+    runtime.evict_lightest(sequence, head, stop, stop - head - count)
+
+
 class Evictor:
     def __init__(self, runtime: Runtime, window: Window) -> None:
         self._runtime = runtime
@@ -55,15 +69,17 @@ class Evictor:
     ) -> bool:
         """False where cells are shared and there are none for a copy."""
         length = running.num_computed
-        turns = turn_starts(running.tokens[:length], self._runtime.tokenizer)
+        # With "h2o" no turn leaves as a whole.
+        is_stream = self._window.eviction == "streaming"
+        turns = turn_starts(running.tokens[:length], self._runtime.tokenizer) if is_stream else []
         count = self._window.num_leaving(length, more, head, turns)
         assert running.handle is not None
         try:
-            self._runtime.evict(running.handle, head, head + count)
+            let_go(self._runtime, running.handle, self._window, head, count)
         except SharedCells:
             if not self._privatise(running.handle, free_cells):
                 return False
-            self._runtime.evict(running.handle, head, head + count)
+            let_go(self._runtime, running.handle, self._window, head, count)
         running.drop(gap_of_shift(running.gap, running.computed_history, head, count), count)
         return True
 

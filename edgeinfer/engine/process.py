@@ -19,7 +19,7 @@ from typing import Any
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
-from edgeinfer.engine.window import DEFAULT_SINKS
+from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
 from edgeinfer.engine.wire import encoded, event_from_wire, receive, request_to_wire
 from edgeinfer.errors import EdgeInferError, RequestFailed, WorkerDied, error_from_wire
 from edgeinfer.machine.ledger import Automatic
@@ -51,6 +51,7 @@ class LoadCommand:
     automatic: Automatic = field(default_factory=Automatic)  # settings that may be changed to fit
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS
+    eviction: Eviction = "streaming"
     cache_disk_bytes: int = 0
     cache_folder: str = ""  # of the prompt cache on disk
     costs_folder: str = ""  # of what was measured of this machine; "": nothing is
@@ -146,6 +147,7 @@ class EngineProcess:
                 "cache_folder": command.cache_folder,
                 "window": command.window,
                 "sinks": command.sinks,
+                "eviction": command.eviction,
                 "costs_folder": command.costs_folder,
                 "tunes_threads": command.tunes_threads,
             }

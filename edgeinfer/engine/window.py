@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from edgeinfer_models.tokenizer import Tokenizer
 
 DEFAULT_SINKS = 4
+# What leaves a full context: the oldest tokens after the head (StreamingLLM), or of all but the most
+# recent half those that got the least attention, in each head of the model by itself (H2O).
+Eviction = Literal["streaming", "h2o"]
+EVICTIONS: tuple[Eviction, ...] = ("streaming", "h2o")
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,23 @@ class Window:
 
     size: int
     sinks: int = DEFAULT_SINKS
+    eviction: Eviction = "streaming"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sinks < self.size:
             raise ValueError(f"a window of {self.size} tokens has no room for {self.sinks} sinks")
 
     @classmethod
-    def of(cls, context: int, size: int | None = None, sinks: int = DEFAULT_SINKS) -> Window:
+    def of(
+        cls,
+        context: int,
+        size: int | None = None,
+        sinks: int = DEFAULT_SINKS,
+        eviction: Eviction = "streaming",
+    ) -> Window:
         """As asked for, as far as the context there is allows."""
         size = min(size or context, context)
-        return cls(size, min(sinks, size - 1))
+        return cls(size, min(sinks, size - 1), eviction)
 
     def head(self, kept: int) -> int:
         """Positions at the beginning that stay. kept: of the system prompt; it stays whole if it leaves

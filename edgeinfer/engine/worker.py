@@ -226,7 +226,12 @@ class Worker:
             max_running=command["max_running"],
             cache_bytes=fit.cache_bytes,
             disk=self._disk(command, runtime),
-            window=Window.of(runtime.facts.context, command["window"], command["sinks"]),
+            window=Window.of(
+                runtime.facts.context,
+                command["window"],
+                command["sinks"],
+                command["eviction"] if runtime.facts.can.heavy_hitters else "streaming",
+            ),
             tell_interval_s=TELL_INTERVAL_S,
             tuner=tuner,
         )

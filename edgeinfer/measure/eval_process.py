@@ -93,7 +93,7 @@ class EvalProcess:
             with self._loaded(setting, setting.window) as runtime:
                 tokens = self._tokens(runtime)
                 last = min(plan.last, len(tokens) // 2)
-                window = Window(setting.window, setting.sinks)
+                window = Window(setting.window, setting.sinks, setting.eviction)
                 found = stream(runtime, tokens, window, self._progress(str(setting)))
             if setting.window not in fresh:
                 with self._loaded(Setting(REFERENCE, REFERENCE), setting.window) as runtime:
@@ -125,7 +125,7 @@ class EvalProcess:
                         f"the text has {len(tokens)} tokens; a window of {setting.window} needs"
                         f" {4 * setting.window}"
                     )
-                window = Window(setting.window, setting.sinks)
+                window = Window(setting.window, setting.sinks, setting.eviction)
                 show = self._progress(str(setting))
                 found = recall(runtime, tokens, window, self.plan.facts, show)
             self._send({"row": {"setting": str(setting), "places": [asdict(each) for each in found]}})
@@ -141,6 +141,7 @@ class EvalProcess:
             logit_rows=logit_rows,
             kv_type_k=setting.kv_type_k,
             kv_type_v=setting.kv_type_v,
+            heavy_hitters=setting.eviction == "h2o",
         )
         show = self._progress(f"loading for {setting}")
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from edgeinfer.engine.process import LoadCommand, worker_environment
-from edgeinfer.engine.window import DEFAULT_SINKS
+from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
 from edgeinfer.errors import MeasureFailed, UsageError, error_from_wire
 
 Suite = Literal["kv", "stream", "recall"]
@@ -36,11 +36,15 @@ class Setting:
     kv_type_v: str
     window: int = 0  # none
     sinks: int = DEFAULT_SINKS
+    eviction: Eviction = "streaming"
 
     def __str__(self) -> str:
         same = self.kv_type_k == self.kv_type_v
         kv = self.kv_type_k if same else f"{self.kv_type_k}/{self.kv_type_v}"
-        return f"{kv}:{self.window}:{self.sinks}" if self.window else kv
+        if not self.window:
+            return kv
+        how = "" if self.eviction == "streaming" else f":{self.eviction}"
+        return f"{kv}:{self.window}:{self.sinks}{how}"
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,17 @@ def parse_settings(suite: Suite, text: str, kv_types: Sequence[str]) -> tuple[Se
     found = []
     for word in text.split(","):
         match = re.fullmatch(
-            r"\s*([a-z0-9_]+)(?:/([a-z0-9_]+))?(?::([0-9]{1,7}))?(?::([0-9]{1,7}))?\s*", word
+            r"\s*([a-z0-9_]+)(?:/([a-z0-9_]+))?(?::([0-9]{1,7}))?(?::([0-9]{1,7}))?(:h2o)?\s*", word
         )
         if match is None:
             raise UsageError(f"--settings {word[:40]!r} is no setting; write for example q8_0:512:4")
-        k, v, window, sinks = match.groups()
+        k, v, window, sinks, h2o = match.groups()
         for kind in (k, v or k):
             if kind not in kv_types:
                 known = ", ".join(kv_types)
                 raise UsageError(f"--settings: {kind[:40]!r} is not a KV cache type; one of {known}")
         num_sinks = DEFAULT_SINKS if sinks is None else int(sinks)
-        setting = Setting(k, v or k, int(window or 0), num_sinks)
+        setting = Setting(k, v or k, int(window or 0), num_sinks, "h2o" if h2o else "streaming")
         if suite == "kv" and setting.window:
             raise UsageError(f"--settings {word.strip()!r}: --suite kv has no windows; write {k}")
         if suite != "kv" and not 32 <= setting.window <= 2**20:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import Runtime, SequenceStep, Step
+from edgeinfer.engine.eviction import let_go
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import MeasureFailed
 
@@ -134,7 +135,7 @@ def stream(
             part = tokens[start : start + chunk]
             leaving = window.num_leaving(runtime.length(sequence), len(part), head, ())
             if leaving:
-                runtime.evict(sequence, head, head + leaving)
+                let_go(runtime, sequence, window, head, leaving)
                 evicted += leaving
             logits = rows(runtime, sequence, part)
             parts.append(_nll_of(logits, tokens[start + 1 : start + 1 + len(part)]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeinfer.backend import Runtime
+from edgeinfer.engine.eviction import let_go
 from edgeinfer.engine.window import Window
 from edgeinfer.measure.quality import chunk_of, log_softmax, rows
 
@@ -111,7 +112,7 @@ def _ask(
             part = tokens[at : at + size]
             leaving = window.num_leaving(runtime.length(sequence), size, head, ())
             if leaving:
-                runtime.evict(sequence, head, head + leaving)
+                let_go(runtime, sequence, window, head, leaving)
             logits = rows(runtime, sequence, part)
             if at >= first - 1:
                 log_probs = log_softmax(logits)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import (
+    LOAD_AS,
     Backend,
     Device,
     MemoryItem,
@@ -26,6 +27,9 @@ INSTALL = "run `pip install edgeinfer[torch]`"
 class TorchBackend(Backend):
     name = "torch"
     formats = ("safetensors", "gguf")
+    own_kv_types = ("int8", "fp8")
+    loads_as = LOAD_AS
+    counts_attention = True
 
     def probe(self) -> Probe:
         try:

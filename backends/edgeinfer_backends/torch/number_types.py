@@ -8,11 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from edgeinfer.backend import LoadAs
 from edgeinfer.errors import LoadFailed
 
 Held = Literal["plain", "int8", "int4"]  # plain: as they are computed with
-AUTO = "auto"
-LOAD_AS = (AUTO, "f32", "bf16", "f16", "int8", "int4")
 # Their hidden states grow past what f16 holds.
 _NOT_IN_F16 = ("gemma2", "gemma3")
 _BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16", "bf16"))
@@ -28,20 +27,18 @@ class NumberTypes:
     note: str = ""
 
 
-def choose(load_as: str, stored: str, *, fast_bf16: bool, device: str, family: str) -> NumberTypes:
-    """load_as: of LOAD_AS. stored: what most of the file's weights are ("F32", "F16", "Q4_K_M" …).
+def choose(load_as: LoadAs, stored: str, *, fast_bf16: bool, device: str, family: str) -> NumberTypes:
+    """stored: what most of the file's weights are ("F32", "F16", "Q4_K_M" …).
     fast_bf16: of that device. device: torch's name of its kind. Raises LoadFailed.
 
     Nothing that is stored as F32 is rounded unless that was asked for.
     """
-    if load_as not in LOAD_AS:
-        raise LoadFailed(f"weights cannot be loaded as {load_as[:20]!r}; one of {', '.join(LOAD_AS)}")
     if load_as == "f16" and family in _NOT_IN_F16:
         raise LoadFailed(f"a {family} does not work in f16: its numbers are too large; use bf16 or f32")
-    if load_as in ("f32", "bf16", "f16"):
+    if load_as == "f32" or load_as == "bf16" or load_as == "f16":
         return NumberTypes(load_as, "plain", _note(load_as, stored))
     computed = _computed(stored, fast_bf16, device, family)
-    if load_as == AUTO:
+    if load_as == "auto":
         return NumberTypes(computed, "plain", _note(computed, stored))
     held: Held = "int8" if load_as == "int8" else "int4"
     return NumberTypes(computed, held, f"weights are rounded to {held}; --load-as auto keeps them")
