@@ -43,6 +43,12 @@ INSTALLED_WHEEL = "edgeinfer-llama-cpp.json"
 BUILD_CORE_MINUTES = 9  # 4 to 5 minutes on 2 cores, more beside other work
 HEARTBEAT_S = 30.0
 PACKAGE = "llama-cpp-python"
+TORCH_WHEELS = (
+    ("Linux", "x86_64"),
+    ("Linux", "aarch64"),
+    ("Darwin", "arm64"),
+    ("Windows", "AMD64"),
+)  # of torch 2.13
 MLX_GLIBC, MLX_MACOS = "2.35", "14.0"  # the oldest that mlx 0.32's wheels are for
 
 
@@ -209,10 +215,17 @@ def extras() -> str:
     obstacle = mlx_obstacle(
         platform.system(), platform.machine(), platform.libc_ver(), platform.mac_ver()[0]
     )
+    wanted = ["dev", "plot"]
     if obstacle:
         say(f"setup: leaving out MLX, and its tests: {obstacle}")
-        return "dev,plot"
-    return "dev,plot,mlx"
+    else:
+        wanted.append("mlx")
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) in TORCH_WHEELS:
+        wanted.append("torch")
+    else:
+        say(f"setup: leaving out torch, and its tests: it has no wheel for {system} on {machine}")
+    return ",".join(wanted)
 
 
 def install_project(root: Path, venv: Path) -> None:

@@ -42,8 +42,10 @@ def recall(
     window: Window,
     facts: int = 5,
     progress: Progress = lambda _: None,
+    within: Window | None = None,
 ) -> list[Recalled]:
-    """filler: tokens of ordinary text, at least three windows of it."""
+    """filler: tokens of ordinary text, at least three windows of it. within: another window to read
+    through than the one that places go by."""
     found = []
     total = len(PLACES) * facts
     done = 0
@@ -61,8 +63,9 @@ def recall(
             ]
             bare = [*filler[start : start + before + after]]
             kept = len(fact) if place == "in the sinks" else 0
-            told, is_whole = _ask(runtime, [*text, *question], answer, window, kept)
-            untold, _ = _ask(runtime, [*bare, *question], answer, window, kept)
+            through = within or window
+            told, is_whole = _ask(runtime, [*text, *question], answer, through, kept)
+            untold, _ = _ask(runtime, [*bare, *question], answer, through, kept)
             gains.append(told - untold)
             whole += is_whole
             done += 1

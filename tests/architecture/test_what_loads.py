@@ -42,10 +42,15 @@ def test_the_check_sees_what_is_loaded() -> None:
     assert {"numpy", "edgeinfer"} <= loaded_by("edgeinfer_backends.scripted")
 
 
-@pytest.mark.parametrize("backend", ["llamacpp", "mlx", "scripted"])
+@pytest.mark.parametrize("backend", ["llamacpp", "mlx", "scripted", "torch"])
 def test_importing_a_backend_does_not_load_its_framework(backend: str) -> None:
     frameworks = {"coremltools", "llama_cpp", "mlx", "mlx_lm", "torch", "transformers"}
     assert loaded_by(f"edgeinfer_backends.{backend}") & frameworks == set()
+
+
+@pytest.mark.parametrize("module", ["kv_types", "number_types", "prediction"])
+def test_what_is_only_arithmetic_in_the_torch_room_does_not_load_torch(module: str) -> None:
+    assert "torch" not in loaded_by(f"edgeinfer_backends.torch.{module}")
 
 
 @pytest.mark.parametrize("module", ["checked_folder", "devices", "loading", "model", "runtime"])

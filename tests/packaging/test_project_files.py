@@ -96,7 +96,7 @@ def test_constraints_hold_what_the_design_fixes() -> None:
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [
-        r for e in ("dev", "plot", "mlx") for r in project["optional-dependencies"][e]
+        r for e in ("dev", "plot", "mlx", "torch") for r in project["optional-dependencies"][e]
     ]
     for requirement in wanted:
         pinned_version(CONSTRAINTS, re.split(r"[<>=!~\[; ]", requirement)[0])

@@ -275,5 +275,7 @@ def test_what_is_left_out_is_said(
     monkeypatch.setattr(setup.platform, "system", lambda: system)
     monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(setup.platform, "libc_ver", lambda: ("glibc", "2.40"))
-    assert setup.extras() == ("dev,plot,mlx" if system == "Linux" else "dev,plot")
-    assert ("leaving out MLX, and its tests" in capsys.readouterr().out) == (system != "Linux")
+    assert setup.extras() == ("dev,plot,mlx,torch" if system == "Linux" else "dev,plot")
+    said = capsys.readouterr().out
+    assert ("leaving out MLX, and its tests" in said) == (system != "Linux")
+    assert ("leaving out torch, and its tests" in said) == (system != "Linux")

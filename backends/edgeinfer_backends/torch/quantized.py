@@ -14,6 +14,8 @@ from torch.nn import functional
 from edgeinfer_backends.torch.number_types import Held
 
 OUTLIER = 6.0  # the paper's: entries this large are rare and make their whole column an outlier
+_MOST_ERROR = 0.05
+_KEPT_SHARE = 50  # of the columns one in so many is kept at most, or eight
 GROUP = 32  # weights of an Int4Linear that share a scale
 _LEAST_ROWS = 32  # CUDA multiplies whole numbers of no fewer
 _FEW_ROWS = 96  # up to here the kernel for 4 bits beats unpacking (measured on AVX-512, 2 cores)
@@ -30,38 +32,56 @@ def quantized(linear: nn.Linear, held: Held) -> nn.Module:
 
 class Int8Linear(nn.Module):
     """weight: (out, in) int8 with a scale for each row; inputs are rounded row by row. Columns of the
-    input with an entry of `outlier` or more are multiplied in the input's own type."""
+    input with an entry of `outlier` or more are multiplied in the input's own type.
+
+    The paper looks at inputs alone. Where a norm's large weight makes the outlier, the matrix's column
+    is small in turn, and lost in the rounding of its rows: columns that would be off by more than
+    `_MOST_ERROR` of themselves are kept as they are (few, or the matrix is not one for 8 bits).
+    """
 
     def __init__(self, linear: nn.Linear, outlier: float = OUTLIER) -> None:
         super().__init__()
         wide = linear.weight.detach().float()
         scales = wide.abs().amax(dim=1).clamp_min(1e-12) / 127.0
-        self.register_buffer("weight", (wide / scales.unsqueeze(1)).round().to(torch.int8))
+        rounded = (wide / scales.unsqueeze(1)).round()
+        off = (rounded * scales.unsqueeze(1) - wide).norm(dim=0) / wide.norm(dim=0).clamp_min(1e-12)
+        most = min(max(wide.shape[1] // _KEPT_SHARE, 8), wide.shape[1])
+        worst = off.topk(most).indices.sort().values
+        kept = worst[off[worst] > _MOST_ERROR]
+        rounded[:, kept] = 0.0
+        self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scales", scales)
+        self.register_buffer("kept", kept)
+        self.register_buffer("kept_weight", linear.weight.detach()[:, kept].clone())
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._outlier = outlier
 
     weight: Tensor
     scales: Tensor
+    kept: Tensor
+    kept_weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out)."""
-        columns = (x.abs() >= self._outlier).any(dim=0).nonzero().squeeze(1)
-        rest = x.float()
-        if columns.numel():
-            rest = rest.index_fill(1, columns, 0.0)
+        is_outlier = (x.abs() >= self._outlier).any(dim=0)
+        is_outlier[self.kept] = False
+        columns = is_outlier.nonzero().squeeze(1)
+        rest = x.float().index_fill(1, torch.cat((columns, self.kept)), 0.0)
         row_scales = rest.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127.0
         numbers = (rest / row_scales).round().to(torch.int8)
         found = _product(numbers, self.weight).float() * row_scales * self.scales
         if columns.numel():
             weights = self.weight[:, columns].float() * self.scales.unsqueeze(1)
             found = found + functional.linear(x[:, columns], weights.to(x.dtype)).float()
+        if self.kept.numel():
+            found = found + functional.linear(x[:, self.kept], self.kept_weight).float()
         found = found.to(x.dtype)
         return found if self.bias is None else found + self.bias
 
     def dequantized(self) -> Tensor:
-        return self.weight.float() * self.scales.unsqueeze(1)
+        found = self.weight.float() * self.scales.unsqueeze(1)
+        return found.index_copy(1, self.kept, self.kept_weight.float())
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
     def _mapped(self, what: str) -> Iterator[None]:
         """Without gradients, and torch's own errors as ours."""
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 yield
         except EdgeInferError:
             raise
