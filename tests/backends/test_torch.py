@@ -502,6 +502,124 @@ def test_an_expert_nobody_was_routed_to_was_given_nothing(tmp_path: Path) -> Non
     assert not all(not gradients[f"mlp.experts.{index}.up_proj"].any() for index in range(4))
 
 
+# -- decoding by recorded steps --------------------------------------------------------------------
+
+
+def static(runtime: Any, **how: Any) -> Any:
+    """What a CUDA device would have recorded, run step by step here."""
+    from edgeinfer_backends.torch.static_decode import StaticDecoder
+
+    found = StaticDecoder(
+        runtime._decoder, runtime._new_cache(), 512, torch.device("cpu"), records=False, **how
+    )
+    runtime._static = found
+    return found
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+def test_a_step_over_fixed_buffers_predicts_as_any_other(load: Load, compiler: str | None) -> None:
+    """compiler: torch.compile without a compiler, which still insists on a step without breaks."""
+    plain, fixed = load(), load()
+    how = {}
+    if compiler:
+        how["compiler"] = lambda step: torch.compile(step, backend=compiler, fullgraph=True)
+    static(fixed, **how)
+    tokens = tokens_of(250)
+    one, other = plain.open(), fixed.open()
+    for start in range(0, 250, 50):
+        read(plain, one, tokens[start : start + 50])
+        read(fixed, other, tokens[start : start + 50])
+    for token in tokens_of(12, seed=1):  # past the end of the first span
+        expected, found = read(plain, one, [token]), read(fixed, other, [token])
+        assert np.abs(found - expected).max() < 1e-4
+    assert len(fixed._static._steps) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "phi3", "granite"])
+def test_fixed_buffers_heed_what_a_family_has_of_its_own(name: str, tmp_path: Path) -> None:
+    from edgeinfer_backends.torch.kv_cache import SequenceCache
+    from edgeinfer_backends.torch.layers import LayerAccess
+    from edgeinfer_backends.torch.static_decode import StaticDecoder
+    from edgeinfer_backends.torch.weights import load_decoder
+
+    source = source_of_folder(write_folder(tmp_path / "model", full(CONFIGS[name])))
+    cpu = torch.device("cpu")
+    decoder = load_decoder(source, torch.float32, cpu, "plain", lambda _: True)
+    decoder.set_context(64, cpu)
+    layers, tokens = LayerAccess(decoder, cpu, torch.float32, 64), tokens_of(30)
+    states = layers.embed([tokens])
+    for layer in range(layers.num_layers):
+        states = layers.run(layer, states)
+    expected = layers.head(states)[0]
+    caches = [SequenceCache(decoder.shape, ("f32", "f32"), cpu, weighs=False) for _ in range(2)]
+    decoding = StaticDecoder(decoder, caches[0], 64, cpu, records=False)
+    with torch.no_grad():
+        for row, token in enumerate(tokens):
+            caches[1].begin(1)
+            found = decoding.decode(caches[1], token)[0].numpy()
+            caches[1].commit(1)
+            assert np.abs(found - expected[row]).max() < 1e-4
+
+
+def test_sequences_take_turns_with_the_fixed_buffers_and_lose_nothing(load: Load) -> None:
+    plain, fixed = load(), load()
+    static(fixed)
+    pairs = []
+    for seed in range(3):
+        pair = plain.open(), fixed.open()
+        for runtime, sequence in zip((plain, fixed), pair, strict=True):
+            read(runtime, sequence, tokens_of(40 + seed, seed=seed))
+        pairs.append(pair)
+    random = np.random.default_rng(2)
+    for turn in range(40):
+        which = int(random.integers(3))
+        one, other = pairs[which]
+        what = int(random.integers(6))
+        length = plain.length(one)
+        if what == 0 and length > 20:
+            for runtime, sequence in ((plain, one), (fixed, other)):
+                runtime.evict(sequence, 4, 12)
+        elif what == 1:
+            for runtime, sequence in ((plain, one), (fixed, other)):
+                runtime.rewind(sequence, length - 3)
+        elif what == 2:
+            forks = plain.fork(one, length), fixed.fork(other, length)
+            plain.free(one)
+            fixed.free(other)
+            pairs[which] = forks
+        elif what == 3:
+            again = fixed.open()
+            fixed.restore(again, fixed.snapshot(other, 0, length), length)
+            fixed.free(other)
+            pairs[which] = one, again
+        one, other = pairs[which]
+        expected, found = read(plain, one, [turn + 5]), read(fixed, other, [turn + 5])
+        assert np.abs(found - expected).max() < 2e-3
+        fixed.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "held", "weighs", "said"),
+    [
+        ("llama", ("f16", "bf16"), "plain", False, ""),
+        ("gemma3", ("f16", "f16"), "int4", False, ""),
+        ("mixtral", ("f16", "f16"), "plain", False, "experts"),
+        ("llama", ("f16", "f16"), "int8", False, "outliers"),
+        ("llama", ("int8", "f16"), "plain", False, "quantized"),
+        ("llama", ("f16", "fp8"), "plain", False, "quantized"),
+        ("llama", ("f16", "f16"), "plain", True, "counted"),
+    ],
+)
+def test_what_cannot_be_recorded_has_a_reason(
+    name: str, kinds: tuple[str, str], held: Any, weighs: bool, said: str
+) -> None:
+    from edgeinfer_backends.torch.static_decode import obstacle
+    from tests.fixtures_families import shape_of
+
+    found = obstacle(shape_of(full(CONFIGS[name])), kinds, held, weighs=weighs)
+    assert (said in found) if said else found == ""
+
+
 # -- loading ---------------------------------------------------------------------------------------
 
 

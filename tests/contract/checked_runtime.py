@@ -8,7 +8,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from edgeinfer.backend import MemoryItem, Runtime, RuntimeFacts, Sampler, Step, StepResult
+from edgeinfer.backend import Layers, MemoryItem, Runtime, RuntimeFacts, Sampler, Step, StepResult
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.tokenizer import Tokenizer
 
@@ -93,6 +93,13 @@ class CheckedRuntime(Runtime):
     def evict(self, sequence: int, start: int, stop: int) -> None:
         with self:
             self.inner.evict(sequence, start, stop)
+
+    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> None:
+        with self:
+            self.inner.evict_lightest(sequence, start, stop, keep)
+
+    def layers(self) -> Layers:
+        return self.inner.layers()
 
     def privatise(self, sequence: int) -> None:
         with self:

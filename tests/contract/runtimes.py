@@ -34,11 +34,17 @@ class RuntimeFactory:
     least_sequences: int = 1  # where there are as many handles as sequences
     kv_type: str = "f16"
     rounding: float = 0.0  # of logits, where `facts.exact` is False
+    heavy_hitters: bool = False
 
     @property
     def settings(self) -> RuntimeSettings:
         """Those of a test that asks for no others."""
-        return replace(SETTINGS, kv_type_k=self.kv_type, kv_type_v=self.kv_type)
+        return replace(
+            SETTINGS,
+            kv_type_k=self.kv_type,
+            kv_type_v=self.kv_type,
+            heavy_hitters=self.heavy_hitters,
+        )
 
     def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
         files = self.make_files(folder)
@@ -140,7 +146,7 @@ RUNTIMES = (
     _mlx("llama"),
     _mlx("qwen3"),
     _torch("llama"),
-    _torch("qwen3", "int8"),
+    replace(_torch("qwen3", "int8"), heavy_hitters=True),
     RuntimeFactory(
         "torch-gguf",
         lambda: get_backend("torch"),

@@ -319,6 +319,39 @@ def test_an_evicted_sequence_can_grow_fork_and_rewind(runtime: CheckedRuntime) -
     assert is_same(probe(runtime, sequence), expected)
 
 
+def test_letting_the_lightest_go_frees_their_cells_and_leaves_the_others_alone(
+    runtime: CheckedRuntime,
+) -> None:
+    require(runtime, "heavy_hitters")
+    tokens = some_tokens(runtime, 200)
+    sequence, other = opened(runtime, tokens), opened(runtime, some_tokens(runtime, 70, seed=1))
+    free = runtime.free_cells()
+    before = probe(runtime, sequence)
+    expected = probe(runtime, other)
+    runtime.evict_lightest(sequence, 4, 150, 66)
+    assert runtime.free_cells() == free + 80
+    assert is_same(probe(runtime, other), expected)
+    assert runtime.length(sequence) == 120
+    assert not is_same(probe(runtime, sequence), before)
+    copy = runtime.fork(sequence, 120)
+    runtime.evict_lightest(sequence, 4, 100, 40)
+    runtime.evict_lightest(copy, 4, 100, 40)
+    assert is_same(probe(runtime, copy), probe(runtime, sequence))
+
+
+def test_keeping_all_or_none_is_no_choice(runtime: CheckedRuntime) -> None:
+    require(runtime, "heavy_hitters")
+    sequence = opened(runtime, some_tokens(runtime, 90))
+    expected = probe(runtime, sequence)
+    runtime.evict_lightest(sequence, 4, 60, 56)
+    assert runtime.length(sequence) == 90
+    assert is_same(probe(runtime, sequence), expected)
+    other = runtime.fork(sequence, 90)
+    runtime.evict_lightest(sequence, 4, 60, 0)
+    runtime.evict(other, 4, 60)
+    assert is_same(probe(runtime, sequence), probe(runtime, other))
+
+
 def test_evicting_in_one_sequence_leaves_the_others_alone(runtime: CheckedRuntime) -> None:
     require(runtime, "evict")
     one, other = (opened(runtime, some_tokens(runtime, 200, seed=seed)) for seed in (1, 2))

@@ -89,7 +89,7 @@ class SequenceCache:
         self._shape = shape
         self._kinds = kinds
         self._device = device
-        self._layers = self._empty(0)
+        self.layers = self._empty(0)  # (keys, values) each; the first `length` positions count
         # (layers, kv_heads, capacity): the sum of attention weights; and what the step adds.
         self._weight: Tensor | None = None
         self._added: list[tuple[int, Tensor]] = []
@@ -107,7 +107,7 @@ class SequenceCache:
         to theirs: (kv_heads, length + n, head_dim), of `dtype`."""
         found = []
         stop = self.length + k.shape[0]
-        for buffer, values, kind in zip(self._layers[layer], (k, v), self._kinds, strict=True):
+        for buffer, values, kind in zip(self.layers[layer], (k, v), self._kinds, strict=True):
             buffer.put(self.length, rounded(values.transpose(0, 1), kind))
             found.append(read(buffer.part(0, stop), dtype))
         return found[0], found[1]
@@ -126,7 +126,7 @@ class SequenceCache:
     # -- positions -------------------------------------------------------------------------------
 
     def rows(self, layer: int, start: int, stop: int) -> tuple[Rows, Rows]:
-        k, v = self._layers[layer]
+        k, v = self.layers[layer]
         return k.part(start, stop), v.part(start, stop)
 
     def weight(self, start: int, stop: int) -> Tensor | None:
@@ -137,7 +137,7 @@ class SequenceCache:
         """Append rows as another cache of the same kind had them."""
         count = len(layers[0][0])
         self.begin(count)
-        for buffers, pair in zip(self._layers, layers, strict=True):
+        for buffers, pair in zip(self.layers, layers, strict=True):
             for buffer, new in zip(buffers, pair, strict=True):
                 buffer.put(self.length, new)
         if self._weight is not None and weight is not None:
@@ -188,7 +188,7 @@ class SequenceCache:
         capacity = -(-count // GROWTH) * GROWTH
         layers, weight = self._empty(capacity), self._no_weight(capacity)
         for layer, (new, own) in enumerate(zip(layers, places, strict=True)):
-            k, v = self._layers[layer]
+            k, v = self.layers[layer]
             new[0].put(0, k.chosen(own))
             new[1].put(0, v.chosen(own))
             if count > start:
@@ -198,21 +198,36 @@ class SequenceCache:
                 new[0].put(start, rounded(turned, self._kinds[0]))
             if weight is not None and self._weight is not None:
                 weight[layer, :, :count] = self._weight[layer].gather(1, own)
-        self._layers, self._weight = layers, weight
+        self.layers, self._weight = layers, weight
         self.length, self.capacity = count, capacity
 
     # -- memory ----------------------------------------------------------------------------------
+
+    def reserve(self, length: int) -> None:
+        if length > self.capacity:
+            self._resize(length)
+
+    def move_into(self, layers: list[tuple[Rows, Rows]], capacity: int) -> None:
+        """Use these buffers, of the same kinds, from now on."""
+        for new, old in zip(layers, self.layers, strict=True):
+            for buffer, rows in zip(new, old, strict=True):
+                buffer.put(0, rows.part(0, self.length))
+        self.layers, self.capacity = layers, capacity
+
+    def move_out(self) -> None:
+        """Into buffers of its own."""
+        self._resize(self.length)
 
     def _resize(self, length: int) -> None:
         capacity = -(-length // GROWTH) * GROWTH
         kept = min(self.length, length)
         layers, weight = self._empty(capacity), self._no_weight(capacity)
-        for new, old in zip(layers, self._layers, strict=True):
+        for new, old in zip(layers, self.layers, strict=True):
             for buffer, rows in zip(new, old, strict=True):
                 buffer.put(0, rows.part(0, kept))
         if weight is not None and self._weight is not None:
             weight[:, :, :kept] = self._weight[:, :, :kept]
-        self._layers, self._weight, self.capacity = layers, weight, capacity
+        self.layers, self._weight, self.capacity = layers, weight, capacity
 
     def _empty(self, capacity: int) -> list[tuple[Rows, Rows]]:
         shape = self._shape
@@ -235,6 +250,6 @@ class SequenceCache:
 
     def check_integrity(self) -> None:
         assert self.length <= self.capacity
-        for k, v in self._layers:
-            assert len(k) == len(v) == self.capacity
+        for k, v in self.layers:
+            assert len(k) == len(v) >= self.capacity
         assert self.weighs == (self._weight is not None) or self.capacity == 0

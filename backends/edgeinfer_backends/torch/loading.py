@@ -57,8 +57,7 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
             "device": str(device),
             "switches": switches(),
         }
-        warnings = [types.note] if types.note else []
-        runtime = TorchRuntime(decoder, tokenizer, settings, device, dtype, identity, warnings)
+        runtime = TorchRuntime(decoder, tokenizer, settings, device, dtype, types, identity)
     if not progress(1.0):
         runtime.close()
         raise LoadFailed(f"loading {files.name} was cancelled")

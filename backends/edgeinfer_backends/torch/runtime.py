@@ -6,7 +6,7 @@ Readable first: this is what the other backends are held to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,10 @@ from edgeinfer_backends.torch.devices import kind_of
 from edgeinfer_backends.torch.kv_cache import SequenceCache
 from edgeinfer_backends.torch.kv_types import head_bytes, nearest
 from edgeinfer_backends.torch.layers import LayerAccess
+from edgeinfer_backends.torch.number_types import NumberTypes
 from edgeinfer_backends.torch.prediction import runtime_items
 from edgeinfer_backends.torch.snapshots import SnapshotFormat
+from edgeinfer_backends.torch.static_decode import StaticDecoder, obstacle
 from edgeinfer_models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,8 +83,8 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         settings: RuntimeSettings,
         device: torch.device,
         dtype: torch.dtype,
+        types: NumberTypes,
         identity: Mapping[str, str],
-        warnings: Sequence[str],
     ) -> None:
         shape = decoder.shape
         self._decoder = decoder
@@ -93,7 +95,7 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         decoder.set_context(settings.context, device)
         (type_k, note_k), (type_v, note_v) = nearest(settings.kv_type_k), nearest(settings.kv_type_v)
         self._kinds = (type_k, type_v)
-        notes = dict.fromkeys(note for note in (note_k, note_v) if note)
+        notes = dict.fromkeys(note for note in (types.note, note_k, note_v) if note)
         self._identity = {
             **identity,
             "kv_types": f"{type_k}/{type_v}",
@@ -102,6 +104,7 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
             "rope_context": decoder.rope_kind(settings.context),
         }
         weighs = settings.heavy_hitters
+        why_not = obstacle(shape, self._kinds, types.held, weighs=weighs)
         self._snapshots = SnapshotFormat(self._identity, shape, self._kinds, device, weighs=weighs)
         self._threads = [settings.threads or torch.get_num_threads()] * 2
         self._threads[1] = settings.threads_batch or self._threads[0]
@@ -139,9 +142,15 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
                 heavy_hitters=weighs,
             ),
             exact=False,
-            warnings=(*warnings, *_setting_warnings(settings, device), *notes),
+            warnings=(*notes, *_setting_warnings(settings, device, why_not)),
         )
         self._begin(facts)
+        self._static: StaticDecoder | None = None
+        if device.type == "cuda" and not why_not:
+            compiler = _compiled if settings.compiled else None
+            self._static = StaticDecoder(
+                decoder, self._new_cache(), settings.context, device, records=True, compiler=compiler
+            )
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -170,12 +179,21 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         self._rows = None
         starts, counts = self._check_step(step)
         with self._abortable(), self._mapped("a step"):
-            hidden = self._run(step.parts)
-            rows = self._rows_of(hidden, step.parts)
+            if self._static is not None and step.num_tokens == 1:
+                rows = self._decode_alone(self._static, step.parts[0])
+            else:
+                rows = self._rows_of(self._run(step.parts), step.parts)
             self._interrupt()
         self._commit(step.parts)
         self._rows = rows
         return StepResult(starts, counts)
+
+    def _decode_alone(self, static: StaticDecoder, part: SequenceStep) -> Logits | None:
+        cache = self._sequences[part.sequence]
+        cache.begin(1)
+        found = static.decode(cache, part.tokens[0])
+        rows: Logits | None = None if part.logits == "none" else found.cpu().numpy()
+        return rows
 
     def _run(self, parts: Sequence[SequenceStep]) -> Tensor:
         """Hidden states after the last norm of all rows. Nothing counts yet."""
@@ -287,13 +305,25 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         cache.extend(layers, weight)
 
     def _release(self) -> None:
-        del self._decoder
+        del self._decoder, self._static
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _setting_warnings(settings: RuntimeSettings, device: torch.device) -> list[str]:
-    if settings.gpu_layers <= 0:
-        return []
-    place = "the processor: there is no GPU" if device.type == "cpu" else "the GPU, all of them"
-    return [f"the torch backend does not divide layers; they run on {place}"]
+def _compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    found: Callable[[], Tensor] = torch.compile(step, fullgraph=True, dynamic=False)
+    return found
+
+
+def _setting_warnings(
+    settings: RuntimeSettings, device: torch.device, why_not_recorded: str
+) -> list[str]:
+    found = []
+    if settings.gpu_layers > 0:
+        place = "the processor: there is no GPU" if device.type == "cpu" else "the GPU, all of them"
+        found.append(f"the torch backend does not divide layers; they run on {place}")
+    if settings.compiled and device.type != "cuda":
+        found.append("--compile has no effect: steps are compiled for NVIDIA GPUs only")
+    elif device.type == "cuda" and why_not_recorded:
+        found.append(f"decoding cannot be recorded as a CUDA graph, and is slower: {why_not_recorded}")
+    return found
