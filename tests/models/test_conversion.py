@@ -179,6 +179,19 @@ def test_what_a_kill_left_elsewhere_goes_in_time(tmp_path: Path) -> None:
     assert left == [".edgeinfer-new.part", "film.part", "out"]
 
 
+def test_a_folder_in_f16_is_refused_where_f16_cannot_hold_a_number(tmp_path: Path) -> None:
+    from edgeinfer_models.conversion.to_safetensors import write_safetensors
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    large = {"output_norm.weight": np.full(64, 7e4, np.float32)}
+    model = source_of_gguf(write_tiny_gguf(tmp_path / "t.gguf", tensors=large))
+    rules = model.family.rules(model.shape)
+    with pytest.raises(ModelFileInvalid, match=r"'model\.norm\.weight' holds 70000, which F16 cannot"):
+        write_safetensors(tmp_path / "out", model.source, rules, model.hf_files(), dtype="F16")
+    assert not (tmp_path / "out").exists()
+    write_safetensors(tmp_path / "out", model.source, rules, model.hf_files(), dtype="BF16")
+
+
 # -- vocabularies ----------------------------------------------------------------------------------
 
 

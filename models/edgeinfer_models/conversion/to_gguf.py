@@ -178,7 +178,7 @@ def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[
             heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
             changed = to_gguf(found, rule.change, heads)
             if wanted == "F16" and dtype != "F16":
-                _require_f16(to_float32(changed, dtype), name)
+                require_f16(to_float32(changed, dtype), name)
             yield recast(changed, dtype, wanted)
 
 
@@ -192,7 +192,7 @@ def row_chunks(rule: TensorRule) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _require_f16(values: npt.NDArray[np.float32], name: str) -> None:
+def require_f16(values: npt.NDArray[np.float32], name: str) -> None:
     largest = float(abs(values).max(initial=0.0))
     if largest > MOST_F16:
         raise ModelFileInvalid(
