@@ -272,6 +272,20 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, change: dict[str, Any])
         vocabulary_to_gguf(folder, 1000)
 
 
+def test_merges_that_never_happen_are_left_out_and_impossible_ones_refused(tmp_path: Path) -> None:
+    from tests.fixtures_gguf import MERGES, write_tiny_gguf
+
+    never = ("Ġan d",)  # nothing makes "Ġan"
+    assert set(never) < set(MERGES)
+    found = source_of_gguf(write_tiny_gguf(tmp_path / "t.gguf")).hf_files()["tokenizer.json"]
+    merges = [" ".join(pair) for pair in json.loads(found)["model"]["merges"]]
+    assert merges == [merge for merge in MERGES if merge not in never]
+    whole = {"tokenizer.ggml.merges": [*MERGES, "q z"]}
+    path = write_tiny_gguf(tmp_path / "impossible.gguf", metadata=whole)
+    with pytest.raises(UnsupportedModel, match="its merges make 'qz', which is no token"):
+        source_of_gguf(path).hf_files()
+
+
 @pytest.mark.parametrize(
     "quantization",
     [
