@@ -343,6 +343,8 @@ class Backend(ABC):
 
     name: str
     formats: tuple[str, ...]  # of ModelFiles it opens
+    # `model_type` of config.json of the safetensors it opens; None: of every family there is.
+    model_types: frozenset[str] | None = None
 
     @abstractmethod
     def probe(self) -> Probe:

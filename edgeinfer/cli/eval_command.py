@@ -77,7 +77,7 @@ def evaluate(
         status.show(f"{what} … {fraction:.0%}")
 
     try:
-        opening = plan_open(replace(opened, remember=False), puller(show))
+        opening = plan_open(replace(opened, remember=False), puller(show), show)
         running = Evaluation(opening.command, plan, show)
         rows: Rows = []
         with first_interrupt(running.stop) as interrupted:

@@ -87,7 +87,7 @@ class LocalClient(Client):
             self.report_progress("checking the model", 0.0)
             # The process starts (0.2 s of imports) while the file's header is read here.
             process = self._spawn()
-            plan = self._plan or plan_open(self._options, self._pull_missing)
+            plan = self._plan or plan_open(self._options, self._pull_missing, self._converting)
             self._plan = plan
             if self._load_cancelled:
                 raise LoadFailed(f"loading {plan.name} was cancelled")
@@ -116,6 +116,11 @@ class LocalClient(Client):
         """Tell the one who waits for `load`; a `pull_missing` calls it too."""
         if self._progress is not None:
             self._progress(what, fraction)
+
+    def _converting(self, what: str, fraction: float) -> None:
+        if self._load_cancelled:
+            raise LoadFailed("loading was cancelled; nothing is left of the conversion")
+        self.report_progress(what, fraction)
 
     def _keep_renderer(self, renderer: TemplateRenderer) -> None:
         with self._lock:

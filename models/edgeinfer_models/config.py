@@ -62,6 +62,7 @@ class ModelConfig:
     caches_values: bool = True  # MLA keeps one latent instead of keys and values
     num_merges: int = 0  # of a BPE vocabulary
     is_tied: bool = False  # the token embeddings are the output's weights too
+    model_type: str = ""  # of config.json; "" of a GGUF file
     weights: tuple[WeightGroup, ...] = ()  # empty where only `weights_bytes` is known
 
     @property
@@ -168,6 +169,7 @@ def config_from_hf(folder: Path) -> ModelConfig:
         weights_bytes=weights,
         licence=_readme_licence(folder),
         quantization=max(dtypes, key=lambda dtype: dtypes[dtype]) if dtypes else "",
+        model_type=str(outer.get("model_type") or ""),
     )
 
 

@@ -38,6 +38,8 @@ from edgeinfer.errors import (
 from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.chat_template import TemplateRenderer
+from edgeinfer_models.converted import list_converted
+from tests.fixtures_hf import write_tiny_folder
 
 ClientMaker = Callable[..., LocalClient]
 
@@ -219,6 +221,25 @@ def test_a_load_can_be_cancelled(make_client: ClientMaker) -> None:
     with pytest.raises(LoadFailed, match="cancelled"):
         client.load(progress)
     thread.join()
+
+
+def test_a_cancelled_load_ends_a_conversion(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the tiny folder's tokenizer is made by it")
+    folder = write_tiny_folder(tmp_path / "tiny")
+    told: list[str] = []
+
+    def progress(what: str, fraction: float) -> None:
+        told.append(what)
+        if what.startswith("converting"):
+            client.cancel_load()
+
+    with LocalClient(OpenOptions(model=str(folder), backend="llamacpp")) as client:
+        with pytest.raises(LoadFailed, match="loading was cancelled; nothing is left of the conversion"):
+            client.load(progress)
+        assert told[-1] == "converting tiny to GGUF (only once)"
+        assert list_converted() == ()
+        client.load()
+    assert [each.source for each in list_converted()] == [str(folder)]
 
 
 def test_a_killed_worker_fails_its_request_and_starts_again(make_client: ClientMaker) -> None:
