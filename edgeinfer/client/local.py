@@ -87,6 +87,8 @@ class LocalClient(Client):
             self.report_progress("checking the model", 0.0)
             # The process starts (0.2 s of imports) while the file's header is read here.
             process = self._spawn()
+            if self._plan is not None and not _is_there(self._plan):
+                self._plan = None  # deleted since it was unloaded: converted again, or said to be gone
             plan = self._plan or plan_open(self._options, self._pull_missing, self._converting)
             self._plan = plan
             if self._load_cancelled:
@@ -437,6 +439,10 @@ class LocalClient(Client):
         renderer, self._renderer = self._renderer, None
         if renderer is not None:
             renderer.close()
+
+
+def _is_there(plan: OpenPlan) -> bool:
+    return all(path.exists() for path in plan.command.files.paths)
 
 
 def _start_renderer(plan: OpenPlan) -> TemplateRenderer:

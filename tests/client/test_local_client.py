@@ -38,7 +38,7 @@ from edgeinfer.errors import (
 from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.chat_template import TemplateRenderer
-from edgeinfer_models.converted import list_converted
+from edgeinfer_models.converted import list_converted, remove_converted
 from tests.fixtures_hf import write_tiny_folder
 
 ClientMaker = Callable[..., LocalClient]
@@ -240,6 +240,19 @@ def test_a_cancelled_load_ends_a_conversion(tmp_path: Path) -> None:
         assert list_converted() == ()
         client.load()
     assert [each.source for each in list_converted()] == [str(folder)]
+
+
+def test_a_conversion_that_was_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the tiny folder's tokenizer is made by it")
+    folder = write_tiny_folder(tmp_path / "tiny")
+    with LocalClient(OpenOptions(model=str(folder), backend="llamacpp")) as client:
+        client.load()
+        assert client.unload()
+        for each in list_converted():
+            remove_converted(each.name)
+        assert client.load().name == "tiny"
+        (again,) = list_converted()
+        assert again.source == str(folder)
 
 
 def test_a_killed_worker_fails_its_request_and_starts_again(make_client: ClientMaker) -> None:
