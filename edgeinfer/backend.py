@@ -343,8 +343,10 @@ class Backend(ABC):
 
     name: str
     formats: tuple[str, ...]  # of ModelFiles it opens
-    # `model_type` of config.json of the safetensors it opens; None: of every family there is.
+    # `model_type` of config.json of the safetensors it opens, and `quant_method` of those that other
+    # tools packed; None: any that can be converted.
     model_types: frozenset[str] | None = None
+    packings: frozenset[str] | None = None
 
     @abstractmethod
     def probe(self) -> Probe:

@@ -10,6 +10,7 @@ from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
 from edgeinfer.registry import backend_names, get_backend
 
 if TYPE_CHECKING:
+    from edgeinfer_models.config import ModelConfig
     from edgeinfer_models.conversion.conversion import Container
     from edgeinfer_models.model_files import ModelFormat
 
@@ -30,19 +31,19 @@ class BackendChoice:
     reason: str = ""
 
 
-def choose_backend(wanted: str, model_format: ModelFormat, model_type: str) -> BackendChoice:
-    """wanted: a backend's name, or auto. model_type: of config.json; "" of a GGUF file. Imports no
-    framework but for asking those that are there whether they can be used; whether the model can be
-    converted is seen where it is. Raises BackendUnavailable, UnsupportedModel, UsageError."""
+def choose_backend(wanted: str, model_format: ModelFormat, config: ModelConfig) -> BackendChoice:
+    """wanted: a backend's name, or auto. Backends are asked whether they can be used here; whether
+    the model can be converted is seen where it is. Raises BackendUnavailable, UnsupportedModel,
+    UsageError."""
     if wanted != AUTO:
-        return _asked_for(wanted, model_format, model_type)
+        return _asked_for(wanted, model_format, config)
     if model_format == "gguf":  # asked nothing: a start is not to wait for it, and loading says as much
         return BackendChoice(FIRST)
     reasons = []
     for name in AUTOMATIC:
         backend = get_backend(name)
         if model_format in backend.formats:
-            reason = _not_its_type(backend, model_type) or _unusable(backend)
+            reason = _not_its_kind(backend, config) or _unusable(backend)
             if not reason:
                 return BackendChoice(name)
             reasons.append(f"{name}: {reason}")
@@ -64,7 +65,7 @@ def backend_of_format(model_format: ModelFormat) -> Backend:
     return get_backend(next(name for name in names if model_format in get_backend(name).formats))
 
 
-def _asked_for(name: str, model_format: ModelFormat, model_type: str) -> BackendChoice:
+def _asked_for(name: str, model_format: ModelFormat, config: ModelConfig) -> BackendChoice:
     if name not in backend_names():
         raise BackendUnavailable(
             f"there is no backend {name!r}; installed: {', '.join(backend_names())}"
@@ -78,7 +79,7 @@ def _asked_for(name: str, model_format: ModelFormat, model_type: str) -> Backend
                 " leave --backend out to have one chosen"
             )
         choice = BackendChoice(name, to)
-    elif reason := _not_its_type(backend, model_type):
+    elif reason := _not_its_kind(backend, config):
         raise UnsupportedModel(f"{name} {reason}; leave --backend out to have one chosen")
     else:
         choice = BackendChoice(name)
@@ -94,11 +95,14 @@ def runs_type(backend: Backend, model_type: str) -> bool:
     return not model_type or backend.model_types is None or model_type in backend.model_types
 
 
-def _not_its_type(backend: Backend, model_type: str) -> str:
-    """Why not, as the end of a sentence about the backend; "" if it takes the type."""
-    if runs_type(backend, model_type):
-        return ""
-    return f"does not run the type {model_type[:40]} ({', '.join(sorted(backend.model_types or ()))})"
+def _not_its_kind(backend: Backend, config: ModelConfig) -> str:
+    """Why a backend that opens a model's form does not take the model, as the end of a sentence about
+    it; "" if it does."""
+    if not runs_type(backend, config.model_type):
+        return f"runs {', '.join(sorted(backend.model_types or ()))}, not {config.model_type[:40]}"
+    if config.packing and backend.packings is not None and config.packing not in backend.packings:
+        return f"does not unpack weights that are packed as {config.packing[:40]}"
+    return ""
 
 
 def _convertible_to(backend: Backend, model_format: ModelFormat) -> Container | None:

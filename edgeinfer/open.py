@@ -108,7 +108,7 @@ def plan_open(
     if options.backend == "scripted":
         return _plan_scripted(options)
     resolved = resolve_model(options.model, pull_missing=pull_missing)
-    backend = choose_backend(options.backend, resolved.files.format, resolved.config.model_type)
+    backend = choose_backend(options.backend, resolved.files.format, resolved.config)
     warnings = list(resolved.notes)
     if backend.convert_to is not None:
         resolved, told = in_its_form(resolved, backend, backend.convert_to, converting)

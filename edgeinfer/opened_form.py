@@ -64,7 +64,7 @@ def predicted_form(resolved: ResolvedModel) -> tuple[Backend, ResolvedModel]:
 
     files = resolved.files
     try:
-        choice = choose_backend(AUTO, files.format, resolved.config.model_type)
+        choice = choose_backend(AUTO, files.format, resolved.config)
         if choice.convert_to is None:
             return get_backend(choice.backend), resolved
         found = find_converted(files, choice.convert_to)

@@ -12,7 +12,7 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.errors import INTERRUPTED
 from edgeinfer.cli.interrupts import first_interrupt
-from edgeinfer.errors import EdgeInferError, UsageError
+from edgeinfer.errors import EdgeInferError, UsageError, one_line
 
 Rows = list[dict[str, Any]]
 
@@ -78,6 +78,9 @@ def evaluate(
 
     try:
         opening = plan_open(replace(opened, remember=False), puller(show), show)
+        status.clear()
+        for warning in () if quiet else opening.warnings:
+            sys.stderr.write(f"edgeinfer: warning: {one_line(warning)}\n")
         running = Evaluation(opening.command, plan, show)
         rows: Rows = []
         with first_interrupt(running.stop) as interrupted:

@@ -207,6 +207,11 @@ def _check_type(folder: Path, model_type: object) -> None:
 def _not_found(spec: str) -> ModelNotFound:
     if os.sep in spec or spec.endswith((".gguf", ".safetensors")) or spec.startswith(("~", ".")):
         return ModelNotFound(f"{shown(spec)}: no such file or folder; check the path")
+    from edgeinfer_models.converted import list_converted
+
+    source = next((each.source for each in list_converted() if each.name == spec), None)
+    if source is not None:
+        return ModelNotFound(f"'{spec}' is what a model was converted to; give the model: {source}")
     known = {*CATALOGUE, *(model.name for model in list_models().models)}
     return ModelNotFound(
         f"'{shown(spec)}' is neither a model's name nor a file{suggestion(spec, sorted(known))}"

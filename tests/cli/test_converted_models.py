@@ -18,6 +18,7 @@ from edgeinfer.open import OpenOptions, plan_open
 from edgeinfer_backends.llamacpp import LlamaCppBackend
 from edgeinfer_backends.mlx import MlxBackend
 from edgeinfer_models.converted import converted_folder, list_converted
+from edgeinfer_models.resolve import resolve_model
 from edgeinfer_models.store import record_last_used
 from tests.cli.conftest import Console, Done, Invoke
 from tests.fixtures_gguf import write_tiny_gguf
@@ -88,6 +89,7 @@ def test_a_folder_runs_on_llama_cpp_converted_once(console: Console, folder: Pat
 
 
 @needs_mlx
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_type", ["F16", "Q8_0"])
 def test_a_gguf_file_runs_on_mlx_converted_once(
     console: Console, tmp_path: Path, weight_type: Any
@@ -123,7 +125,19 @@ def test_a_family_that_mlx_does_not_run_is_converted_for_llama_cpp(
     done = console("run", *ASKED, folder, "hello")
     assert (done.code, done.err) == (0, "")
     assert done.json["backend"] == "llamacpp"
-    assert "mlx: " in said_of_it(done)[0]
+    if FOUND.usable:
+        assert "(mlx: runs llama, mistral, qwen2, qwen3, not granite)" in said_of_it(done)[0]
+
+
+@needs_mlx
+def test_weights_that_mlx_does_not_unpack_are_converted_for_llama_cpp(tmp_path: Path) -> None:
+    packed = {"quantization_config": {"quant_method": "fp8"}}
+    folder = write_tiny_folder(tmp_path / "packed", config=packed)
+    plan = plan_open(OpenOptions(model=str(folder)), converting=converting([]))
+    assert plan.command.backend == "llamacpp"
+    assert "(mlx: does not unpack weights that are packed as fp8)" in plan.warnings[0]
+    with pytest.raises(UnsupportedModel, match=r"packed as fp8; leave --backend out"):
+        plan_open(OpenOptions(model=str(folder), backend="mlx"), converting=converting([]))
 
 
 def test_what_the_result_does_otherwise_is_said_every_time(folder: Path, tmp_path: Path) -> None:
@@ -184,18 +198,16 @@ def test_what_the_backend_would_not_run_either_is_not_converted(tmp_path: Path) 
     with pytest.raises(UnsupportedModel, match=r"of the type gemma3_text, and mlx runs llama, mistral"):
         plan_open(OpenOptions(model=str(path), backend="mlx"), converting=converting(told))
     folder = write_tiny_folder(tmp_path / "g", config=GRANITE)
-    with pytest.raises(
-        UnsupportedModel, match=r"mlx does not run the type granite .*leave --backend out"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"mlx runs llama, .*, not granite; leave --backend out"):
         plan_open(OpenOptions(model=str(folder), backend="mlx"), converting=converting(told))
     assert list_converted() == ()
 
 
-def test_a_backend_without_a_form_of_weights_is_wrong_usage() -> None:
+def test_a_backend_without_a_form_of_weights_is_wrong_usage(tiny: Path) -> None:
     from edgeinfer.backend_choice import choose_backend
 
     with pytest.raises(UsageError, match="backend scripted opens scripted models, not gguf"):
-        choose_backend("scripted", "gguf", "")
+        choose_backend("scripted", "gguf", resolve_model(str(tiny)).config)
 
 
 def test_nothing_usable_here_is_said_of_every_backend(
@@ -271,6 +283,11 @@ def test_list_shows_what_was_converted_of_what(invoke: Invoke, folder: Path, con
     assert line.split("\t")[1:3] == ["converted", "0.4 MB"]
     shutil.rmtree(folder)
     assert "which is gone; `rm` deletes it" in row_of(invoke, conversion)["description"]
+
+
+def test_the_name_of_a_conversion_is_no_model(invoke: Invoke, folder: Path, conversion: str) -> None:
+    done = invoke("run", conversion, "hello")
+    assert (done.code, done.error_line.endswith(f"give the model: {folder}")) == (1, True)
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

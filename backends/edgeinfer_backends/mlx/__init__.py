@@ -29,6 +29,7 @@ class MlxBackend(Backend):
     name = "mlx"
     formats = ("safetensors",)
     model_types = MLX_MODEL_TYPES
+    packings = frozenset[str]()  # its own quantization is none of them
 
     def probe(self) -> Probe:
         try:
