@@ -138,11 +138,13 @@ class LocalClient(Client):
                 raise LoadFailed("the client is closed")
             if self._process is not None and self._process.is_alive:
                 return self._process
-            process = EngineProcess(
-                self._on_events,
-                self._on_refused,
-                lambda error: self._on_death(process, error),
-            )
+
+            def on_death(error: WorkerDied) -> None:
+                with self._lock:  # which is held until `process` is there
+                    dead = process
+                self._on_death(dead, error)
+
+            process = EngineProcess(self._on_events, self._on_refused, on_death)
             self._process, self._info = process, None
             return process
 

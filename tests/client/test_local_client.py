@@ -34,6 +34,7 @@ from edgeinfer.errors import (
     RequestFailed,
     TemplateError,
     UsageError,
+    WorkerDied,
 )
 from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
@@ -253,6 +254,24 @@ def test_a_conversion_that_was_deleted_meanwhile_is_made_again(tmp_path: Path) -
         assert client.load().name == "tiny"
         (again,) = list_converted()
         assert again.source == str(folder)
+
+
+def test_a_worker_that_dies_before_its_owner_is_ready_is_told_of(
+    make_client: ClientMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_and_kill(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "worker-events":
+            for child in psutil.Process().children():
+                child.kill()
+            thread.join(0.5)
+
+    client = make_client()
+    monkeypatch.setattr(threading.Thread, "start", start_and_kill)
+    with pytest.raises(WorkerDied, match="SIGKILL"):  # and no thread raised, which pytest would tell
+        client.load()
 
 
 def test_a_killed_worker_fails_its_request_and_starts_again(make_client: ClientMaker) -> None:
