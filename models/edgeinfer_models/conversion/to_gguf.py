@@ -57,15 +57,22 @@ def write_gguf(
     head = _head(plan, architecture, rules, factors)
     total = sum(rule_bytes(rule, plan.dtype) for rule in rules)
     done = 0
+
+    def told(parts: Iterator[Array]) -> Iterator[Array]:
+        nonlocal done
+        for part in parts:
+            yield part
+            done += part.nbytes
+            progress(done / total)
+
     with NewFile(path, force=force) as new:
         new.file.write(head)
         for values in factors.values():
             _write_padded(new.file, [recast_factors(values)])
         for rule in rules:
-            written = _write_padded(new.file, _converted(source, rule, dtype_of(rule, plan.dtype)))
+            parts = _converted(source, rule, dtype_of(rule, plan.dtype))
+            written = _write_padded(new.file, told(parts))
             assert written == rule_bytes(rule, plan.dtype)
-            done += written
-            progress(done / total)
 
 
 def dtype_of(rule: TensorRule, dtype: str) -> str:

@@ -72,8 +72,8 @@ def write_safetensors(
             for entry in shard:
                 for part in _parts(source, entry):
                     file.write(part)
-                done += entry.num_bytes
-                progress(done / total)
+                    done += part.nbytes
+                    progress(done / total)
 
 
 def _shards(entries: Sequence[_Entry]) -> dict[str, list[_Entry]]:
