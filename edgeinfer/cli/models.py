@@ -265,9 +265,7 @@ def rm_command(
             raise UsageError(
                 f"removing '{name}' asks for confirmation, which needs a terminal; give --yes"
             )
-        also = f" ({', '.join(conversions)})" if conversions and conversions != [name] else ""
-        what = "model" if installed or partial else "what was converted of"
-        if not typer.confirm(f"Remove {what} '{name}'{also}?", err=True):
+        if not typer.confirm(_removal(name, conversions, installed or partial is not None), err=True):
             typer.echo("Nothing was removed.", err=True)
             return
     freed = sum(remove_converted(each) for each in conversions)
@@ -281,8 +279,19 @@ def rm_command(
     elif installed or partial or conversions == [name]:
         typer.echo(f"{name} is removed; {_megabytes(freed)} are free again")
     else:
-        gone = ", ".join(conversions)
-        typer.echo(f"{gone}, converted of {name}: removed; {_megabytes(freed)} are free again")
+        typer.echo(
+            f"what {name} was converted to ({', '.join(conversions)}) is removed;"
+            f" {_megabytes(freed)} are free again"
+        )
+
+
+def _removal(name: str, conversions: Sequence[str], is_here: bool) -> str:
+    """What rm asks. is_here: the model is in the store, and goes too."""
+    names = ", ".join(conversions)
+    if not is_here:
+        what = f"'{name}'" if name in conversions else f"what '{name}' was converted to ({names})"
+        return f"Remove {what}?"
+    return f"Remove model '{name}'" + (f" and what it was converted to ({names})?" if names else "?")
 
 
 @contextmanager

@@ -311,7 +311,9 @@ def test_rm_deletes_a_conversion_and_leaves_the_original(
 
 def test_rm_says_what_went(invoke: Invoke, folder: Path, conversion: str) -> None:
     done = invoke("models", "rm", folder, "--yes")
-    assert done.out == f"{conversion}, converted of {folder}: removed; 0.4 MB are free again\n"
+    assert done.out == (
+        f"what {folder} was converted to ({conversion}) is removed; 0.4 MB are free again\n"
+    )
 
 
 def test_rm_deletes_a_damaged_conversion_which_list_tells_of(invoke: Invoke, conversion: str) -> None:
