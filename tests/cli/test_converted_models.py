@@ -341,3 +341,13 @@ def test_rm_of_an_installed_model_deletes_what_it_was_converted_to(
     assert done.json["removed_conversions"] == [conversion]
     assert list_converted() == ()
     assert [path.name for path in models_folder().iterdir() if not path.name.startswith(".")] == []
+
+
+def test_eval_converts_and_says_so(console: Console, folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sea is wide, and the sky above it is blue. " * 60)
+    options = ("--backend", "llamacpp", "--text", text, "--tokens", "256", "--settings", "bf16")
+    done = console("eval", *options, folder)
+    assert done.code == 0
+    assert done.err.startswith("edgeinfer: warning: tiny was converted to GGUF for llamacpp: ")
+    assert console("eval", *options, "--quiet", folder).err == ""
