@@ -420,6 +420,10 @@ class Backend(ABC):
     own_kv_types: tuple[str, ...] = ()  # that no other backend has, beside llama.cpp's
     loads_as: tuple[LoadAs, ...] = ("auto",)  # what `RuntimeSettings.load_as` can be
     counts_attention: bool = False  # heeds `RuntimeSettings.heavy_hitters`
+    # `model_type` of config.json of the safetensors it opens, and `quant_method` of those that other
+    # tools packed; None: any that can be converted.
+    model_types: frozenset[str] | None = None
+    packings: frozenset[str] | None = None
 
     @abstractmethod
     def probe(self) -> Probe:

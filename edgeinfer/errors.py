@@ -11,7 +11,8 @@
     │   ├── ModelTooLarge         does not fit into memory; carries the arithmetic
     │   ├── DownloadFailed        network, registry or disk refused
     │   │   └── HubUnreachable    no network, or offline mode: nothing could be asked
-    │   └── ChecksumMismatch      the bytes are not the published ones
+    │   ├── ChecksumMismatch      the bytes are not the published ones
+    │   └── ConversionFailed      the disk refused what a backend needs of it, or it may not be made here
     ├── TemplateError             a chat template raised, looped or broke its sandbox
     ├── ToolsInvalid              a request's tools or tool_choice cannot be right
     ├── PromptTooLong             carries both numbers
@@ -95,6 +96,10 @@ class HubUnreachable(DownloadFailed):
 
 
 class ChecksumMismatch(ModelError):
+    pass
+
+
+class ConversionFailed(ModelError):
     pass
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from edgeinfer.backend import LoadAs, MemoryItem, RuntimeSettings
+from edgeinfer.backend_choice import AUTO, choose_backend
 from edgeinfer.engine.disk_cache import prompts_folder
 from edgeinfer.engine.process import LoadCommand
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
-from edgeinfer.errors import BackendUnavailable, UnsupportedModel, UsageError
+from edgeinfer.errors import UsageError
 from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer.machine.probe import default_threads
-from edgeinfer.registry import backend_names, get_backend
+from edgeinfer.opened_form import Converting, in_its_form, predicted_form
+from edgeinfer.registry import get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
 from edgeinfer_models.ggml_types import KV_TYPES
 from edgeinfer_models.model_files import ModelFiles
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
 
 DEFAULT_CONTEXT = 4096
-AUTO: Final = "auto"
 MIN_CONTEXT = 32
 MAX_CONTEXT = 2**24
 MAX_SEQUENCES = 64
@@ -34,8 +35,6 @@ DEFAULT_CACHE_BYTES = 2**30
 # Rows of logits of one step. Each takes 1 MiB with Gemma's vocabulary, so: one for each sequence, and no
 # fewer than measuring step costs asks for (engine/step_measure.py).
 LOGIT_ROWS = 16
-
-_BACKEND_OF_FORMAT = {"gguf": "llamacpp", "safetensors": "mlx", "scripted": "scripted"}
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,25 @@ class OpenPlan:
 def plan_open(
     options: OpenOptions,
     pull_missing: Callable[[str], None] | None = None,
+    converting: Converting | None = None,
 ) -> OpenPlan:
-    """Resolve and check a model. Whether it fits is seen where it is loaded.
+    """Resolve and check a model, converted if its backend opens another form. Whether it fits is seen
+    where it is loaded.
 
     pull_missing(name): fetch a catalogue or hub model that is not here; without it, it is ModelNotFound.
+    converting: told how far a conversion is, and may raise to end it; without it, what would have to be
+    converted is ConversionFailed. What was converted before is found either way.
     Raises ModelError, BackendUnavailable, UsageError.
     """
     if options.backend == "scripted":
         return _plan_scripted(options)
     resolved = resolve_model(options.model, pull_missing=pull_missing)
-    backend = _choose_backend(options.backend, resolved.files.format)
-    config = resolved.config
+    backend = choose_backend(options.backend, resolved.files.format, resolved.config)
     warnings = list(resolved.notes)
+    if backend.convert_to is not None:
+        resolved, told = in_its_form(resolved, backend, backend.convert_to, converting)
+        warnings += told
+    config = resolved.config
     context = options.context or options.window or default_context(config)
     if config.context_trained and context > config.context_trained:
         option = "--ctx" if options.context else "--window"
@@ -125,9 +131,11 @@ def plan_open(
             " which it may not have been trained on"
         )
     warnings += _sinks_warnings(options)
-    check_choices(backend, (options.kv_type_k, options.kv_type_v), options.load_as, options.eviction)
+    check_choices(
+        backend.backend, (options.kv_type_k, options.kv_type_v), options.load_as, options.eviction
+    )
     command = LoadCommand(
-        backend,
+        backend.backend,
         resolved.files,
         _settings(options, context),
         options.sequences,
@@ -204,8 +212,8 @@ def _sinks_warnings(options: OpenOptions) -> list[str]:
 
 def predict_open(resolved: ResolvedModel, options: OpenOptions) -> list[MemoryItem]:
     """What opening a model with these options would take in all, on the processor alone, whether or not
-    its backend can be used here."""
-    backend = get_backend(_BACKEND_OF_FORMAT[resolved.files.format])
+    its backend can be used here. Nothing is converted: of what would be, it is worked out."""
+    backend, resolved = predicted_form(resolved)
     settings = _settings(options, options.context or options.window or default_context(resolved.config))
     return backend.predict_memory(resolved.files, resolved.config, settings)
 
@@ -236,31 +244,6 @@ def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
 def _kv_type(name: str) -> str:
     """Until it is chosen: the one that needs no choice."""
     return "f16" if name == AUTO else name
-
-
-def _choose_backend(wanted: str, model_format: str) -> str:
-    if wanted == "auto":
-        wanted = _BACKEND_OF_FORMAT.get(model_format, "")
-        if not wanted:
-            raise UnsupportedModel(f"no backend here opens {model_format} models yet; use a GGUF file")
-    if wanted not in backend_names():
-        raise BackendUnavailable(
-            f"there is no backend {wanted!r}; installed: {', '.join(backend_names())}"
-        )
-    backend = get_backend(wanted)
-    if model_format not in backend.formats:
-        raise UsageError(
-            f"backend {wanted} opens {', '.join(backend.formats)} models, not {model_format};"
-            " leave --backend out to have one chosen"
-        )
-    if model_format == "safetensors":  # said here, with the way out, and not by the worker
-        found = backend.probe()
-        if not found.usable:
-            raise BackendUnavailable(
-                f"{wanted}: {found.reason}; it runs safetensors weights; or make a .gguf of them with"
-                " `edgeinfer quantize`"
-            )
-    return wanted
 
 
 def _between(option: str, value: int | None, low: int, high: int) -> None:

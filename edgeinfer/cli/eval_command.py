@@ -12,7 +12,7 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.cli.errors import INTERRUPTED
 from edgeinfer.cli.interrupts import first_interrupt
-from edgeinfer.errors import EdgeInferError, UsageError
+from edgeinfer.errors import EdgeInferError, UsageError, one_line
 
 Rows = list[dict[str, Any]]
 
@@ -78,7 +78,10 @@ def evaluate(
         status.show(f"{what} … {fraction:.0%}")
 
     try:
-        opening = plan_open(replace(opened, remember=False), puller(show))
+        opening = plan_open(replace(opened, remember=False), puller(show), show)
+        status.clear()
+        for warning in () if quiet else opening.warnings:
+            sys.stderr.write(f"edgeinfer: warning: {one_line(warning)}\n")
         for each in wanted:
             kinds = (each.kv_type_k, each.kv_type_v)
             check_choices(opening.command.backend, kinds, eviction=each.eviction)

@@ -17,6 +17,7 @@ from edgeinfer.cli.output import emit_json, printable
 from edgeinfer.errors import ModelError, one_line
 
 if TYPE_CHECKING:
+    from edgeinfer_models.converted import ConvertedModel
     from edgeinfer_models.pull_progress import ProgressCallback
     from edgeinfer_models.resolve import ResolvedModel
     from edgeinfer_models.store import InstalledModel
@@ -26,8 +27,10 @@ app = typer.Typer(cls=Group, no_args_is_help=True, help="What models are here, a
 
 @app.command("list", cls=Command)
 def list_command(json_output: options.JsonOutput = False, debug: options.Debug = False) -> None:
-    """Installed models, downloads that can go on, and what can be pulled by name."""
+    """Installed models, what was converted for a backend, downloads that can go on, and what can be
+    pulled by name."""
     from edgeinfer_models.catalogue import CATALOGUE
+    from edgeinfer_models.converted import damaged_converted, list_converted
     from edgeinfer_models.partial import list_partials
     from edgeinfer_models.store import last_used, list_models
 
@@ -48,6 +51,20 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
             }
         )
     installed = {row["name"] for row in rows}
+    rows += [
+        {
+            "name": converted.name,
+            "installed": False,
+            "converted_from": converted.source,
+            "bytes": converted.num_bytes,
+            "licence": "",
+            "description": _conversion(converted),
+            "path": str(converted.path),
+            "last_used": False,
+        }
+        for converted in list_converted()
+    ]
+    damaged = [*listing.damaged, *damaged_converted()]
     for partial in list_partials():
         if partial.name not in installed:
             rows.append(
@@ -76,9 +93,9 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
                 }
             )
     if json_output:
-        emit_json({"models": rows, "damaged": list(listing.damaged)})
+        emit_json({"models": rows, "damaged": damaged})
         return
-    for line in listing.damaged:
+    for line in damaged:
         typer.echo(line, err=True)
     cells = [
         (
@@ -96,9 +113,18 @@ def list_command(json_output: options.JsonOutput = False, debug: options.Debug =
 def _state(row: dict[str, Any]) -> str:
     if row["installed"]:
         return "last used" if row["last_used"] else "installed"
+    if "converted_from" in row:
+        return "converted"
     if "partial_bytes" not in row:
         return "can be pulled"
     return f"{row['partial_bytes'] / max(1, row['bytes']):.0%} pulled"
+
+
+def _conversion(model: ConvertedModel) -> str:
+    from edgeinfer_models.conversion.conversion import CONTAINER_NAMES
+
+    gone = ", which is gone; `rm` deletes it" if model.is_orphan else ""
+    return f"{model.dtype} {CONTAINER_NAMES[model.to]} of {model.source}{gone}"
 
 
 def _origin(model: InstalledModel) -> str:
@@ -206,34 +232,66 @@ def show_command(
 
 @app.command("rm", cls=Command)
 def rm_command(
-    name: Annotated[str, typer.Argument(help="An installed model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="What `edgeinfer models list` shows, or the path of a model, which stays: what it was"
+            " converted to goes."
+        ),
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Delete an installed model, or what an interrupted download left of one."""
+    """Delete an installed model and what it was converted to, a conversion alone, or what an interrupted
+    download left."""
     from edgeinfer.errors import UsageError
+    from edgeinfer_models.converted import converted_of, has_converted, remove_converted
     from edgeinfer_models.partial import find_partial, remove_partial
     from edgeinfer_models.store import model_folder, remove_model
 
     name = _whole_name(name)
     folder, partial = model_folder(name), find_partial(name)
     installed = folder is not None and folder.is_dir()
-    if not yes and (installed or partial):
+    if has_converted(name):
+        conversions = [name]
+    else:
+        originals = [] if folder is None else [folder]
+        if not (installed or partial):
+            originals.append(Path(name))
+        conversions = [each.name for each in converted_of(originals)]
+    if not yes and (installed or partial or conversions):
         if json_output or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UsageError(
                 f"removing '{name}' asks for confirmation, which needs a terminal; give --yes"
             )
-        if not typer.confirm(f"Remove model '{name}'?", err=True):
+        if not typer.confirm(_removal(name, conversions, installed or partial is not None), err=True):
             typer.echo("Nothing was removed.", err=True)
             return
-    freed = remove_partial(name) if partial else 0
-    if installed or not partial:
+    freed = sum(remove_converted(each) for each in conversions)
+    freed += remove_partial(name) if partial else 0
+    if installed or not (partial or conversions):
         freed += remove_model(name)
     if json_output:
-        emit_json({"name": name, "removed": True, "freed_bytes": freed})
-    else:
+        emit_json(
+            {"name": name, "removed": True, "freed_bytes": freed, "removed_conversions": conversions}
+        )
+    elif installed or partial or conversions == [name]:
         typer.echo(f"{name} is removed; {_megabytes(freed)} are free again")
+    else:
+        typer.echo(
+            f"what {name} was converted to ({', '.join(conversions)}) is removed;"
+            f" {_megabytes(freed)} are free again"
+        )
+
+
+def _removal(name: str, conversions: Sequence[str], is_here: bool) -> str:
+    """What rm asks. is_here: the model is in the store, and goes too."""
+    names = ", ".join(conversions)
+    if not is_here:
+        what = f"'{name}'" if name in conversions else f"what '{name}' was converted to ({names})"
+        return f"Remove {what}?"
+    return f"Remove model '{name}'" + (f" and what it was converted to ({names})?" if names else "?")
 
 
 @contextmanager
@@ -275,6 +333,8 @@ def pull_progress() -> Iterator[ProgressCallback]:
 
 
 def _facts(model: ResolvedModel) -> dict[str, Any]:
+    from edgeinfer_models.conversion.conversion import CONTAINERS
+    from edgeinfer_models.converted import find_converted
     from edgeinfer_models.ggml_types import KV_TYPES
 
     config = model.config
@@ -299,6 +359,11 @@ def _facts(model: ResolvedModel) -> dict[str, Any]:
         "licence": config.licence or (model.installed.manifest.licence if model.installed else ""),
         "files": [str(path) for path in model.files.paths],
         "bytes": config.file_bytes,
+        "converted": [
+            {"name": each.name, "path": str(each.path), "type": each.dtype, "bytes": each.num_bytes}
+            for to in CONTAINERS
+            if (each := find_converted(model.files, to)) is not None
+        ],
         "sha256": model.files.digest or None,
         "sha256_of_files": [each.sha256 for each in model.installed.manifest.files]
         if model.installed
@@ -335,6 +400,7 @@ def _fact_lines(model: ResolvedModel) -> list[tuple[str, str]]:
         *(("File", path) for path in facts["files"]),
         ("Size", _megabytes(facts["bytes"])),
     ]
+    lines.extend(("Converted", f"{each['path']} ({each['type']})") for each in facts["converted"])
     lines.extend(("SHA-256", digest) for digest in facts["sha256_of_files"])
     if facts["source"]:
         lines.append(("Source", facts["source"]))

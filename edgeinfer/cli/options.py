@@ -100,7 +100,16 @@ Model = Annotated[
     ),
 ]
 
-Backend = Annotated[str, _option("backend", "auto, or a name `edgeinfer doctor` shows.", "NAME", _MODEL)]
+Backend = Annotated[
+    str,
+    _option(
+        "backend",
+        "auto, or a name `edgeinfer doctor` shows; a model in a form that it does not open is converted,"
+        " once.",
+        "NAME",
+        _MODEL,
+    ),
+]
 Ctx = Annotated[
     int | None,
     _option(

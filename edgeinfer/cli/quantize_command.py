@@ -52,14 +52,14 @@ def quantize(
         emit_json(
             {
                 "output": str(plan.out),
-                "type": plan.dtype,
+                "type": plan.dtype.lower(),
                 "family": source.family.name,
                 "bytes": plan.num_bytes,
                 "notes": list(plan.notes),
             }
         )
         return
-    emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype}\n")
+    emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype.lower()}\n")
 
 
 def _found(spec: str) -> Path:

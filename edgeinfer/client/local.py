@@ -87,7 +87,9 @@ class LocalClient(Client):
             self.report_progress("checking the model", 0.0)
             # The process starts (0.2 s of imports) while the file's header is read here.
             process = self._spawn()
-            plan = self._plan or plan_open(self._options, self._pull_missing)
+            if self._plan is not None and not _is_there(self._plan):
+                self._plan = None  # deleted since it was unloaded: converted again, or said to be gone
+            plan = self._plan or plan_open(self._options, self._pull_missing, self._converting)
             self._plan = plan
             if self._load_cancelled:
                 raise LoadFailed(f"loading {plan.name} was cancelled")
@@ -117,6 +119,11 @@ class LocalClient(Client):
         if self._progress is not None:
             self._progress(what, fraction)
 
+    def _converting(self, what: str, fraction: float) -> None:
+        if self._load_cancelled:
+            raise LoadFailed("loading was cancelled; nothing is left of the conversion")
+        self.report_progress(what, fraction)
+
     def _keep_renderer(self, renderer: TemplateRenderer) -> None:
         with self._lock:
             if not self._closed:
@@ -131,11 +138,13 @@ class LocalClient(Client):
                 raise LoadFailed("the client is closed")
             if self._process is not None and self._process.is_alive:
                 return self._process
-            process = EngineProcess(
-                self._on_events,
-                self._on_refused,
-                lambda error: self._on_death(process, error),
-            )
+
+            def on_death(error: WorkerDied) -> None:
+                with self._lock:  # which is held until `process` is there
+                    dead = process
+                self._on_death(dead, error)
+
+            process = EngineProcess(self._on_events, self._on_refused, on_death)
             self._process, self._info = process, None
             return process
 
@@ -432,6 +441,10 @@ class LocalClient(Client):
         renderer, self._renderer = self._renderer, None
         if renderer is not None:
             renderer.close()
+
+
+def _is_there(plan: OpenPlan) -> bool:
+    return all(path.exists() for path in plan.command.files.paths)
 
 
 def _start_renderer(plan: OpenPlan) -> TemplateRenderer:

@@ -103,10 +103,11 @@ class EngineProcess:
         self._stderr = self._process.stderr
         self._listener = threading.Thread(target=self._listen, name="worker-stderr", daemon=True)
         self._listener.start()
-        self._reader = threading.Thread(target=self._read, name="worker-events", daemon=True)
-        self._reader.start()
         self._writer = threading.Thread(target=self._write, name="worker-commands", daemon=True)
         self._writer.start()
+        # The last: it ends the others where the process has died already.
+        self._reader = threading.Thread(target=self._read, name="worker-events", daemon=True)
+        self._reader.start()
 
     @property
     def pid(self) -> int:

@@ -1,40 +1,26 @@
-"""A model's weights in another form, unquantized: safetensors to GGUF and back.
+"""A model's weights in another form, unquantized: safetensors to GGUF and back, where a user asked for
+it.
 
-plan = plan_conversion("folder", to="gguf", dtype="f16")
+plan = plan_conversion(source_of_folder(folder), folder, to="gguf", dtype="f16", out=None, force=False)
 convert(plan, progress)
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from edgeinfer.errors import UsageError
+from edgeinfer_models.conversion.conversion import (
+    CONTAINERS,
+    Container,
+    Conversion,
+    convert,
+    lacking_room,
+    prepare_conversion,
+)
 from edgeinfer_models.conversion.model import SourceModel
-from edgeinfer_models.conversion.to_gguf import GgufPlan, rule_bytes, write_gguf
-from edgeinfer_models.conversion.to_safetensors import write_safetensors
 
-Container = Literal["gguf", "safetensors"]
-CONTAINERS: tuple[Container, ...] = ("gguf", "safetensors")
 DTYPES = ("f16", "bf16", "f32")
-SPARE_BYTES = 2**26  # of the disk, left to others
-Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """notes: what the result does otherwise than the original, a line each."""
-
-    model: SourceModel
-    to: Container
-    dtype: str
-    out: Path
-    force: bool
-    num_bytes: int
-    notes: tuple[str, ...]
 
 
 def plan_conversion(
@@ -48,38 +34,15 @@ def plan_conversion(
         raise UsageError("the model is a GGUF file already; --to safetensors makes a folder of it")
     if to == "safetensors" and model.form == "safetensors":
         raise UsageError("the model is a folder of safetensors already; --to gguf makes a file of it")
-    rules = model.family.rules(model.shape)
-    num_bytes = sum(rule_bytes(rule, dtype.upper()) for rule in rules)
-    notes = []
-    if to == "gguf":
-        model.family.shape_to_gguf(model.shape)  # says now what llama.cpp computes otherwise
-        notes = model.family.notes_on_gguf(model.shape)
     suffix = f"-{dtype}.gguf" if to == "gguf" else f"-{dtype}"
     target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}{suffix}"
+    planned = prepare_conversion(model, to, dtype.upper(), target, force=force)
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
-    free = shutil.disk_usage(target.parent).free
-    if free < num_bytes + SPARE_BYTES:
-        raise UsageError(
-            f"{target}: needs {num_bytes / 1e9:.1f} GB where the disk has {free / 1e9:.1f} GB left;"
-            " free some, or give another -o"
-        )
-    return Conversion(model, to, dtype, target, force, num_bytes, tuple(notes))
+    lacking = lacking_room(target.parent, planned.num_bytes)
+    if lacking:
+        raise UsageError(f"{target}: {lacking}; free some, or give another -o")
+    return planned
 
 
-def convert(plan: Conversion, progress: Progress = lambda _: None) -> None:
-    """Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there), OSError. Then nothing
-    is left of it."""
-    model = plan.model
-    if plan.to == "gguf":
-        parts = GgufPlan(model.family, model.shape, plan.dtype.upper(), model.gguf_metadata())
-        write_gguf(plan.out, model.source, parts, force=plan.force, progress=progress)
-        return
-    write_safetensors(
-        plan.out,
-        model.source,
-        model.family.rules(model.shape),
-        model.hf_files(),
-        dtype=plan.dtype.upper(),
-        progress=progress,
-    )
+__all__ = ["CONTAINERS", "DTYPES", "Container", "Conversion", "convert", "plan_conversion"]

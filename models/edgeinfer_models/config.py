@@ -62,6 +62,8 @@ class ModelConfig:
     caches_values: bool = True  # MLA keeps one latent instead of keys and values
     num_merges: int = 0  # of a BPE vocabulary
     is_tied: bool = False  # the token embeddings are the output's weights too
+    model_type: str = ""  # of config.json; "" of a GGUF file
+    packing: str = ""  # `quant_method` of weights that another tool than MLX packed: gptq, awq, fp8 …
     weights: tuple[WeightGroup, ...] = ()  # empty where only `weights_bytes` is known
 
     @property
@@ -168,7 +170,17 @@ def config_from_hf(folder: Path) -> ModelConfig:
         weights_bytes=weights,
         licence=_readme_licence(folder),
         quantization=max(dtypes, key=lambda dtype: dtypes[dtype]) if dtypes else "",
+        model_type=str(outer.get("model_type") or ""),
+        packing=_packing(outer),
     )
+
+
+def _packing(config: Mapping[str, Any]) -> str:
+    quantization = config.get("quantization_config")
+    if quantization is None or config.get("quantization") is not None:  # MLX writes both
+        return ""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) and method else "unknown"
 
 
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeinfer.errors import DownloadFailed
+from edgeinfer_models.sole_use import InUse, sole_use
 from edgeinfer_models.store import folder_name, models_folder, write_atomically
 
 _ABOUT = "about.json"
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,22 @@ def partial_folder(name: str, on_wait: Callable[[], None] | None) -> Iterator[Pa
     error. The system gives the lock back when its process dies, however that happens. Raises
     DownloadFailed.
     """
-    from filelock import FileLock, Timeout
-
     folder = _folder(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=0 if on_wait is None else _POLL_S)
-            except Timeout:
-                if on_wait is None:
-                    raise DownloadFailed(
-                        f"{name}: another edgeinfer is pulling it right now; end that one first"
-                    ) from None
-                on_wait()
+        held = contextlib.ExitStack()
+        held.enter_context(sole_use(folder.with_name(f"{folder.name}.lock"), on_wait))
+    except InUse:
+        raise DownloadFailed(
+            f"{name}: another edgeinfer is pulling it right now; end that one first"
+        ) from None
     except OSError as error:
         raise DownloadFailed(
             f"{folder.parent}: cannot be written to ({error.strerror}); set EDGEINFER_DATA_DIR to"
             " another folder"
         ) from None
-    try:
+    with held:
         yield folder
-    finally:
-        lock.release()
 
 
 def start_partial(folder: Path, name: str, files: dict[str, int]) -> int:

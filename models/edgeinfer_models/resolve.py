@@ -175,11 +175,7 @@ def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
     config = config_from_hf(folder)
     found = read_safetensors_folder(folder)
     kind = found.config.get("model_type")
-    if not isinstance(kind, str) or kind not in MLX_MODEL_TYPES:
-        raise UnsupportedModel(
-            f"{shown(folder)}: safetensors weights of the type {shown(str(kind))} cannot be run in this"
-            f" version (the mlx backend runs {', '.join(sorted(MLX_MODEL_TYPES))}); {_way_out(kind)}"
-        )
+    _check_type(folder, kind)
     sizes: dict[str, int] = {}
     for tensor in found.tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
@@ -195,17 +191,27 @@ def _from_hf_folder(folder: Path, origin: Origin) -> ResolvedModel:
     )
 
 
-def _way_out(model_type: object) -> str:
-    from edgeinfer_models.families import is_known
+def _check_type(folder: Path, model_type: object) -> None:
+    """Some backend runs it, or it can be converted for one. Raises UnsupportedModel."""
+    if isinstance(model_type, str) and model_type in MLX_MODEL_TYPES:
+        return
+    from edgeinfer_models.families import NAMES, is_known
 
-    if is_known(model_type):
-        return "make a .gguf of it with `edgeinfer quantize`"
-    return "use a .gguf of this model"
+    if not is_known(model_type):
+        raise UnsupportedModel(
+            f"{shown(folder)}: safetensors weights of the type {shown(str(model_type))} cannot be run or"
+            f" converted in this version (supported: {', '.join(NAMES)}); use a .gguf of this model"
+        )
 
 
 def _not_found(spec: str) -> ModelNotFound:
     if os.sep in spec or spec.endswith((".gguf", ".safetensors")) or spec.startswith(("~", ".")):
         return ModelNotFound(f"{shown(spec)}: no such file or folder; check the path")
+    from edgeinfer_models.converted import list_converted
+
+    source = next((each.source for each in list_converted() if each.name == spec), None)
+    if source is not None:
+        return ModelNotFound(f"'{spec}' is what a model was converted to; give the model: {source}")
     known = {*CATALOGUE, *(model.name for model in list_models().models)}
     return ModelNotFound(
         f"'{shown(spec)}' is neither a model's name nor a file{suggestion(spec, sorted(known))}"

@@ -17,6 +17,7 @@ import pytest
 from tests.cli.conftest import Console, Script
 from tests.cli.test_bad_input import LOOP
 from tests.fixtures_gguf import write_tiny_gguf
+from tests.fixtures_hf import write_tiny_folder
 
 _PATIENCE_S = 120.0
 STARTED, LOADING, READING = "", "loading ", "reading the prompt"
@@ -187,6 +188,23 @@ def test_ctrl_c_while_a_template_loops_is_a_stop(console: Console, start: Start,
     assert session.end() == 130
     assert b"Traceback" not in session.err
     assert len(session.last_words) == 1 and "stopped" in session.last_words[0]
+    console.wait_until_nothing_runs()
+
+
+def test_ctrl_c_while_a_model_is_converted_leaves_nothing(
+    console: Console, start: Start, tmp_path: Path
+) -> None:
+    from edgeinfer_models.converted import converted_folder
+
+    pytest.importorskip("tokenizers", reason="the tiny folder's tokenizer is made by it")
+    folder = write_tiny_folder(tmp_path / "wide", hidden=1024, feed_forward=4096, layers=4)  # 0.2 GB
+    session = start("run", "--backend", "llamacpp", folder, "hi")
+    written = re.compile(rb"converting wide to GGUF \(only once\) \S+ [1-9]\d?%")
+    session.until(lambda: written.search(session.err) is not None)
+    session.interrupt()
+    assert session.end() == 130
+    assert session.last_words == ["edgeinfer: stopped"]
+    assert [path.suffix for path in converted_folder().iterdir()] == [".lock"]
     console.wait_until_nothing_runs()
 
 

@@ -34,10 +34,13 @@ from edgeinfer.errors import (
     RequestFailed,
     TemplateError,
     UsageError,
+    WorkerDied,
 )
 from edgeinfer.open import OpenPlan
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.chat_template import TemplateRenderer
+from edgeinfer_models.converted import list_converted, remove_converted
+from tests.fixtures_hf import write_tiny_folder
 
 ClientMaker = Callable[..., LocalClient]
 
@@ -219,6 +222,56 @@ def test_a_load_can_be_cancelled(make_client: ClientMaker) -> None:
     with pytest.raises(LoadFailed, match="cancelled"):
         client.load(progress)
     thread.join()
+
+
+def test_a_cancelled_load_ends_a_conversion(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the tiny folder's tokenizer is made by it")
+    folder = write_tiny_folder(tmp_path / "tiny")
+    told: list[str] = []
+
+    def progress(what: str, fraction: float) -> None:
+        told.append(what)
+        if what.startswith("converting"):
+            client.cancel_load()
+
+    with LocalClient(OpenOptions(model=str(folder), backend="llamacpp")) as client:
+        with pytest.raises(LoadFailed, match="loading was cancelled; nothing is left of the conversion"):
+            client.load(progress)
+        assert told[-1] == "converting tiny to GGUF (only once)"
+        assert list_converted() == ()
+        client.load()
+    assert [each.source for each in list_converted()] == [str(folder)]
+
+
+def test_a_conversion_that_was_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the tiny folder's tokenizer is made by it")
+    folder = write_tiny_folder(tmp_path / "tiny")
+    with LocalClient(OpenOptions(model=str(folder), backend="llamacpp")) as client:
+        client.load()
+        assert client.unload()
+        for each in list_converted():
+            remove_converted(each.name)
+        assert client.load().name == "tiny"
+        (again,) = list_converted()
+        assert again.source == str(folder)
+
+
+def test_a_worker_that_dies_before_its_owner_is_ready_is_told_of(
+    make_client: ClientMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_and_kill(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "worker-events":
+            for child in psutil.Process().children():
+                child.kill()
+            thread.join(0.5)
+
+    client = make_client()
+    monkeypatch.setattr(threading.Thread, "start", start_and_kill)
+    with pytest.raises(WorkerDied, match="SIGKILL"):  # and no thread raised, which pytest would tell
+        client.load()
 
 
 def test_a_killed_worker_fails_its_request_and_starts_again(make_client: ClientMaker) -> None:

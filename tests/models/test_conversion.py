@@ -179,6 +179,19 @@ def test_what_a_kill_left_elsewhere_goes_in_time(tmp_path: Path) -> None:
     assert left == [".edgeinfer-new.part", "film.part", "out"]
 
 
+def test_a_folder_in_f16_is_refused_where_f16_cannot_hold_a_number(tmp_path: Path) -> None:
+    from edgeinfer_models.conversion.to_safetensors import write_safetensors
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    large = {"output_norm.weight": np.full(64, 7e4, np.float32)}
+    model = source_of_gguf(write_tiny_gguf(tmp_path / "t.gguf", tensors=large))
+    rules = model.family.rules(model.shape)
+    with pytest.raises(ModelFileInvalid, match=r"'model\.norm\.weight' holds 70000, which F16 cannot"):
+        write_safetensors(tmp_path / "out", model.source, rules, model.hf_files(), dtype="F16")
+    assert not (tmp_path / "out").exists()
+    write_safetensors(tmp_path / "out", model.source, rules, model.hf_files(), dtype="BF16")
+
+
 # -- vocabularies ----------------------------------------------------------------------------------
 
 
@@ -257,6 +270,20 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, change: dict[str, Any])
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ModelFileInvalid, match=r"^tokenizer\.json: [^\n]+$"):
         vocabulary_to_gguf(folder, 1000)
+
+
+def test_merges_that_never_happen_are_left_out_and_impossible_ones_refused(tmp_path: Path) -> None:
+    from tests.fixtures_gguf import MERGES, write_tiny_gguf
+
+    never = ("Ġan d",)  # nothing makes "Ġan"
+    assert set(never) < set(MERGES)
+    found = source_of_gguf(write_tiny_gguf(tmp_path / "t.gguf")).hf_files()["tokenizer.json"]
+    merges = [" ".join(pair) for pair in json.loads(found)["model"]["merges"]]
+    assert merges == [merge for merge in MERGES if merge not in never]
+    whole = {"tokenizer.ggml.merges": [*MERGES, "q z"]}
+    path = write_tiny_gguf(tmp_path / "impossible.gguf", metadata=whole)
+    with pytest.raises(UnsupportedModel, match="its merges make 'qz', which is no token"):
+        source_of_gguf(path).hf_files()
 
 
 @pytest.mark.parametrize(

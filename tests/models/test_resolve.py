@@ -165,9 +165,6 @@ def test_safetensors_that_nothing_here_runs_are_refused_with_the_way_out(
         for spec in (folder, folder / "model.safetensors"):
             with pytest.raises(UnsupportedModel, match=r"cannot be run .*use a \.gguf"):
                 resolve_model(str(spec))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "granite"}))
-    with pytest.raises(UnsupportedModel, match="`edgeinfer quantize`"):
-        resolve_model(str(folder))
     (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "config.json").write_text(json.dumps(LLAMA))
     (folder / "tokenizer.json").write_text("{}")

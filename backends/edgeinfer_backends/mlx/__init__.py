@@ -15,6 +15,7 @@ from edgeinfer.backend import (
     RuntimeSettings,
 )
 from edgeinfer.errors import BackendUnavailable, LoadFailed, ModelError, UnsupportedModel
+from edgeinfer_models.architectures import MLX_MODEL_TYPES
 from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MLX_LM_SERIES = "0.32"  # its classes and functions change between minor version
 class MlxBackend(Backend):
     name = "mlx"
     formats = ("safetensors",)
+    model_types = MLX_MODEL_TYPES
+    packings = frozenset[str]()  # its own quantization is none of them
 
     def probe(self) -> Probe:
         try:

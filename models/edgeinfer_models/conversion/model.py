@@ -40,6 +40,11 @@ class SourceModel:
             return origin.file_bytes
         return sum(shard.file_bytes for shard in origin.shards)
 
+    @property
+    def model_type(self) -> str:
+        """Of the config.json that it has, or that it would get. Raises UnsupportedModel."""
+        return str(self.family.shape_to_hf(self.shape)["model_type"])
+
     def gguf_metadata(self) -> dict[str, Any]:
         """Of a folder: beside the architecture's. Raises UnsupportedModel, ModelFileInvalid."""
         origin = self.origin
@@ -71,6 +76,11 @@ def source_of_folder(folder: Path, licence: str = "") -> SourceModel:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = {**config, **inner}
+    if isinstance(config.get("quantization"), dict):
+        raise UnsupportedModel(
+            f"{where}: weights that MLX quantized cannot be unpacked yet; use the model's original"
+            " weights"
+        )
     quantization = config.get("quantization_config")
     packing = packing_of(quantization, where) if isinstance(quantization, dict) else None
     family = family_of_config(config, where)

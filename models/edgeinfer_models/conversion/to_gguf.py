@@ -57,15 +57,22 @@ def write_gguf(
     head = _head(plan, architecture, rules, factors)
     total = sum(rule_bytes(rule, plan.dtype) for rule in rules)
     done = 0
+
+    def told(parts: Iterator[Array]) -> Iterator[Array]:
+        nonlocal done
+        for part in parts:
+            yield part
+            done += part.nbytes
+            progress(done / total)
+
     with NewFile(path, force=force) as new:
         new.file.write(head)
         for values in factors.values():
             _write_padded(new.file, [recast_factors(values)])
         for rule in rules:
-            written = _write_padded(new.file, _converted(source, rule, dtype_of(rule, plan.dtype)))
+            parts = _converted(source, rule, dtype_of(rule, plan.dtype))
+            written = _write_padded(new.file, told(parts))
             assert written == rule_bytes(rule, plan.dtype)
-            done += written
-            progress(done / total)
 
 
 def dtype_of(rule: TensorRule, dtype: str) -> str:
@@ -178,7 +185,7 @@ def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[
             heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
             changed = to_gguf(found, rule.change, heads)
             if wanted == "F16" and dtype != "F16":
-                _require_f16(to_float32(changed, dtype), name)
+                require_f16(to_float32(changed, dtype), name)
             yield recast(changed, dtype, wanted)
 
 
@@ -192,7 +199,7 @@ def row_chunks(rule: TensorRule) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _require_f16(values: npt.NDArray[np.float32], name: str) -> None:
+def require_f16(values: npt.NDArray[np.float32], name: str) -> None:
     largest = float(abs(values).max(initial=0.0))
     if largest > MOST_F16:
         raise ModelFileInvalid(

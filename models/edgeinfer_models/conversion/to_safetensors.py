@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeinfer.errors import UsageError
-from edgeinfer_models.conversion.floats import recast
+from edgeinfer_models.conversion.floats import recast, to_float32
 from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import TensorSource
-from edgeinfer_models.conversion.to_gguf import check_tensors, row_chunks
+from edgeinfer_models.conversion.to_gguf import check_tensors, require_f16, row_chunks
 from edgeinfer_models.families.tensors import TensorRule
 from edgeinfer_models.safetensors_header import INDEX_NAME
 
@@ -72,8 +72,8 @@ def write_safetensors(
             for entry in shard:
                 for part in _parts(source, entry):
                     file.write(part)
-                done += entry.num_bytes
-                progress(done / total)
+                    done += part.nbytes
+                    progress(done / total)
 
 
 def _shards(entries: Sequence[_Entry]) -> dict[str, list[_Entry]]:
@@ -122,5 +122,7 @@ def _parts(source: TensorSource, entry: _Entry) -> Iterator[memoryview]:
 
     dtype = source.info(entry.name).dtype
     for start, stop in row_chunks(entry.rule):
-        found = recast(source.rows(entry.name, start, stop), dtype, entry.dtype)
-        yield np.ascontiguousarray(found).data
+        rows = source.rows(entry.name, start, stop)
+        if entry.dtype == "F16" and dtype != "F16":
+            require_f16(to_float32(rows, dtype), entry.name)
+        yield np.ascontiguousarray(recast(rows, dtype, entry.dtype)).data

@@ -275,7 +275,8 @@ def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> dict[str, Any]:
         raise UnsupportedModel(
             f"{header.path.name}: it cuts texts by '{name[:40]}', which cannot be converted yet"
         )
-    merges = [merge.split(" ", 1) for merge in _strings(header, "tokenizer.ggml.merges")]
+    pairs = [merge.partition(" ") for merge in _strings(header, "tokenizer.ggml.merges")]
+    merges = _merges_that_happen([(left, right) for left, _, right in pairs], tokens, header.path.name)
     model = _bpe(tokens, merges, cuts)
     return {
         **_definition(tokens, model),
@@ -288,6 +289,30 @@ def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> dict[str, Any]:
             "use_regex": True,
         },
     }
+
+
+def _merges_that_happen(
+    merges: Sequence[tuple[str, str]], tokens: Sequence[_Token], where: str
+) -> Sequence[tuple[str, str]]:
+    """Without those of parts that neither are tokens nor come about by other merges: llama.cpp never
+    meets them, and the library refuses them. Raises UnsupportedModel where one does come about that the
+    library could not have."""
+    known = {token.text for token in tokens if token.kind != UNUSED}
+    happen, reached = merges, set(known)
+    while True:
+        happen = [pair for pair in merges if all(len(part) == 1 or part in reached for part in pair)]
+        made = {left + right for left, right in happen}
+        if made <= reached:
+            break
+        reached |= made
+    for left, right in happen:
+        missing = [text for text in (left, right, left + right) if text not in known]
+        if missing:
+            raise UnsupportedModel(
+                f"{where}: its merges make '{missing[0][:40]}', which is no token; such a vocabulary"
+                " cannot be converted yet"
+            )
+    return happen
 
 
 def _bpe(
