@@ -23,6 +23,8 @@ from edgeinfer.backend import RuntimeSettings
 from edgeinfer.measure.texts import measured_text
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.model import source_of_gguf
+from edgeinfer_models.conversion.vocabulary_tokens import CONTROL, UNKNOWN, USER_DEFINED
+from edgeinfer_models.gguf_model import read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def compare(bar: Bar, name: str, path: Path) -> tuple[int, int]:
     files = ModelFiles(name, (path,), "gguf")
     runtime = get_backend("llamacpp").load(files, RuntimeSettings(context=64), lambda _: True)
     own = runtime.tokenizer
-    special = [own.text(token) for token in range(own.vocab_size) if own.is_control(token)][:40]
+    special = _sought(path)
     compared = left_out = differing = 0
     for text in strings(bar.options.strings, special):
         if has_gap(text):
@@ -106,6 +108,18 @@ def compare(bar: Bar, name: str, path: Path) -> tuple[int, int]:
     if left_out:
         bar.say(f"  {name}: {left_out:,} strings left out, which have a byte that has no token")
     return compared, differing
+
+
+def _sought(path: Path) -> list[str]:
+    """Some of the tokens that are looked for before a text is cut: special, unknown, user-defined."""
+    header = read_gguf_model(path)
+    texts = header.get_list("tokenizer.ggml.tokens") or []
+    kinds = header.get_list("tokenizer.ggml.token_type") or []
+    return [
+        str(text)
+        for kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        for text in [text for text, own in zip(texts, kinds, strict=True) if own == kind][:40]
+    ]
 
 
 def _gap_finder(tokenizer: Tokenizer) -> Callable[[str], bool]:

@@ -41,7 +41,8 @@ def plan_conversion(
     model: SourceModel, beside: Path, to: Container, dtype: str, out: Path | None, *, force: bool
 ) -> Conversion:
     """Everything that can be found out before a byte is written. beside: the model's own path, next to
-    which the result lies unless `out` says where. Raises UsageError, UnsupportedModel."""
+    which the result lies unless `out` says where. Raises UsageError, UnsupportedModel,
+    ModelFileInvalid."""
     if dtype not in DTYPES:
         raise UsageError(f"--type {dtype[:40]!r} is not one of {', '.join(DTYPES)} (others come later)")
     if to == "gguf" and model.form == "gguf":
@@ -50,10 +51,8 @@ def plan_conversion(
         raise UsageError("the model is a folder of safetensors already; --to gguf makes a file of it")
     rules = model.family.rules(model.shape)
     num_bytes = sum(rule_bytes(rule, dtype.upper()) for rule in rules)
-    notes = []
     if to == "gguf":
         model.family.shape_to_gguf(model.shape)  # says now what llama.cpp computes otherwise
-        notes = model.family.notes_on_gguf(model.shape)
     suffix = f"-{dtype}.gguf" if to == "gguf" else f"-{dtype}"
     target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}{suffix}"
     if not target.parent.is_dir():
@@ -64,7 +63,7 @@ def plan_conversion(
             f"{target}: needs {num_bytes / 1e9:.1f} GB where the disk has {free / 1e9:.1f} GB left;"
             " free some, or give another -o"
         )
-    return Conversion(model, to, dtype, target, force, num_bytes, tuple(notes))
+    return Conversion(model, to, dtype, target, force, num_bytes, tuple(model.notes()))
 
 
 def convert(plan: Conversion, progress: Progress = lambda _: None) -> None:
