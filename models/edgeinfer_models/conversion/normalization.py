@@ -101,9 +101,7 @@ def normalization_from_hf(definition: Mapping[str, Any], file: str) -> tuple[Nor
 def _with_metaspace(
     cutter: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], charsmap: bytes, file: str
 ) -> tuple[Normalization, bool]:
-    scheme = cutter.get("prepend_scheme")
-    if scheme is None:  # of files before tokenizers 0.15
-        scheme = "never" if cutter.get("add_prefix_space") is False else "always"
+    scheme = cutter.get("prepend_scheme", "always")
     if cutter.get("replacement") != SPACE or scheme not in ("always", "first", "never"):
         raise other_tokens(file, "its Metaspace is none of SentencePiece's")
     splits = cutter.get("split", True) is not False
