@@ -215,7 +215,7 @@ DIFFERING: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "chance": (change_model(alpha=0.1), "at random"),
     "no unknown": (change_model(unk_id=None), "no token for unknown characters"),
     "a price": (price_by_special, "unknown characters by a special token"),
-    "a wide score": (add_pieces(["xx", -1e7]), "no likelihood"),
+    "a token that C would cut": (add_pieces(["x\0x", -9.0]), "holds a NUL"),
     "a blank in front unless there is one": (cut_like(None, metaspace("always")), "begins with one"),
     "a blank in front of the first": (cut_like(None, metaspace("first")), "none after special tokens"),
     "a blank in front of blanks": (cut_like(sequence(PREPEND, BLANKS), None), "blanks alone"),
@@ -260,11 +260,11 @@ def test_special_tokens_may_be_the_least_likely_where_their_score_decides_nothin
 DAMAGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "no list": change_model(vocab={"a": 0}),
     "no pairs": change_model(vocab=[["a"]]),
+    "nothing of two": change_model(vocab=[7]),
     "no numbers": change_model(vocab=[["a", "b"]]),
+    "no likelihoods": change_model(vocab=[["<unk>", 0.0], ["a", -(10**400)]]),
     "no finite numbers": change_model(vocab=[["<unk>", 0.0], ["a", float("nan")]]),
-    "nothing but special tokens": lambda definition: definition["model"]["vocab"].__delitem__(
-        slice(4, None)
-    ),
+    "special tokens alone": lambda definition: definition["model"]["vocab"].__delitem__(slice(4, None)),
     "a text twice": add_pieces(["s", -9.0]),
     "two ids": change_added(id=1),
     "no table": cut_like(sequence({"type": "Precompiled"}, BLANKS), None),
@@ -282,6 +282,16 @@ def test_a_damaged_unigram_tokenizer_is_one_line(tmp_path: Path, name: str) -> N
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(ModelFileInvalid, match=r"^tokenizer\.json: [^\n]+$"):
         vocabulary_to_gguf(folder, vocab_size_of(folder))
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGED if name.startswith("no")])
+def test_what_is_said_of_a_damaged_tokenizer_is_that_it_is(tmp_path: Path, name: str) -> None:
+    definition = plain_definition()
+    folder = write_tiny_folder(tmp_path / "tiny", tokenizer=definition)
+    DAMAGED[name](definition)
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ModelFileInvalid, match=r"^tokenizer\.json: [^\n]+$"):
+        source_of_folder(folder).notes()
 
 
 def test_scores_that_gguf_rounds_are_said(tmp_path: Path) -> None:
@@ -379,6 +389,7 @@ def test_a_token_that_only_tokenizer_json_would_find_is_refused(
         {"unknown_token_id": 999},
         {"token_type": [CONTROL] * len(PIECES)},
         {"precompiled_charsmap": [4, 0]},
+        {"scores": [float("nan")] * len(PIECES)},
     ],
 )
 def test_a_damaged_gguf_vocabulary_is_one_line(tmp_path: Path, keys: dict[str, Any]) -> None:

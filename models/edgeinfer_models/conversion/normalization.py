@@ -3,9 +3,9 @@ a normalizer and a pre_tokenizer.
 
 llama.cpp, as SentencePiece does, replaces what its table of characters says and then makes each blank a
 U+2581. Here are the ways of tokenizer.json that come to the same for every text between two special
-tokens, blanks alone and blanks at its ends included; all others are refused. Two things aside: a text
-that holds U+2581 itself, and the table of characters, which the tokenizers library applies to whole
-grapheme clusters and llama.cpp to the longest match (they differ for decomposed Hangul, for instance).
+tokens, blanks alone and blanks at its ends included; all others are refused. Three things aside: a text
+that holds U+2581 itself, one that a table of characters makes into a special token's text, and that
+table, which the tokenizers library applies to whole grapheme clusters, llama.cpp to the longest match.
 
 Source: llm_tokenizer_ugm of llama-vocab.cpp (llama.cpp as packaged in llama-cpp-python 0.3.36),
 tokenizers 0.23 and the converters of transformers 5.
@@ -81,9 +81,7 @@ def normalization_from_hf(definition: Mapping[str, Any], file: str) -> tuple[Nor
         steps = steps[1:]
     cutters = _steps(definition.get("pre_tokenizer"), "pretokenizers")
     if len(cutters) > 1 or any(part.get("type") != "Metaspace" for part in cutters):
-        raise other_tokens(
-            file, f"its pre_tokenizer ({_names(cutters)}) cuts texts in a way GGUF cannot say"
-        )
+        raise other_tokens(file, f"its pre_tokenizer ({_names(cutters)}) cuts texts as GGUF cannot say")
     if not cutters:
         for known, (prefix, merged) in {
             _key(_PLAIN): (False, False),
@@ -121,12 +119,16 @@ def _with_metaspace(
 
 def _steps(value: Any, inner: str) -> list[Mapping[str, Any]]:
     """Sequences within sequences, flat."""
-    if not isinstance(value, dict):
-        return []
-    parts = value.get(inner) if value.get("type") == "Sequence" else None
-    if not isinstance(parts, list):
-        return [value]
-    return [step for part in parts for step in _steps(part, inner)]
+    found: list[Mapping[str, Any]] = []
+    waiting = [value]
+    while waiting:
+        step = waiting.pop()
+        parts = step.get(inner) if isinstance(step, dict) and step.get("type") == "Sequence" else None
+        if isinstance(parts, list):
+            waiting += reversed(parts)
+        elif isinstance(step, dict):
+            found.append(step)
+    return found
 
 
 def _key(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -138,7 +140,7 @@ def _names(steps: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(str(step.get("type"))[:40] for step in steps) or "none"
 
 
-# -- the table of characters ---------------------------------------------------------------------------
+# -- the table of characters -----------------------------------------------------------------------
 
 
 def _charsmap(step: Mapping[str, Any], file: str) -> bytes:

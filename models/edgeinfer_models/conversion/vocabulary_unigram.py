@@ -58,8 +58,8 @@ def unigram_notes_to_gguf(definition: Mapping[str, Any], file: str) -> list[str]
     """What llama.cpp does otherwise with a tokenizer.json that `unigram_to_gguf` takes, a line each.
     Raises as that does."""
     model, notes = definition["model"], []
-    scores = [pair[1] for pair in list_of(model, "vocab", file)]
-    if scores != [piece.score for piece in _pieces(model, file)]:
+    rounded = [piece.score for piece in _pieces(model, file)]
+    if rounded != [score for _, score in list_of(model, "vocab", file)]:
         notes.append(
             "its tokens' scores are rounded to float32: of two ways to cut a word that are equally"
             " likely llama.cpp may take another than tokenizer.json"
@@ -97,7 +97,7 @@ def unigram_to_gguf(
     if model.get("byte_fallback") is True and any(is_byte(piece.text) for piece in pieces):
         raise UnsupportedModel(
             f"{file}: it reads unknown characters as bytes, where llama.cpp gives such a vocabulary the"
-            " unknown token; run the folder on another backend"
+            " unknown token; run the folder itself, with --backend mlx"
         )
     if model.get("alpha") is not None:
         raise UnsupportedModel(f"{file}: it draws its tokens at random ('alpha'); take that key out")
@@ -126,14 +126,12 @@ def _pieces(model: Mapping[str, Any], file: str) -> list[Token]:
     found: list[Token] = []
     for pair in list_of(model, "vocab", file):
         proper = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        if not proper or type(pair[1]) not in (int, float) or not math.isfinite(pair[1]):
+        if not proper or type(pair[1]) not in (int, float) or not abs(pair[1]) < -_LEAST_SCORE:
             raise ModelFileInvalid(
-                f"{file}: token {len(found):,} is not a text with a score; download it again"
+                f"{file}: token {len(found):,} is not a text with a log-probability; download it again"
             )
-        if not _LEAST_SCORE < pair[1] < -_LEAST_SCORE:
-            raise UnsupportedModel(
-                f"{file}: token {len(found):,} has the score {pair[1]}, no likelihood"
-            )
+        if "\0" in pair[0]:  # the end of a text to llama.cpp, which then gives it another
+            raise other_tokens(file, f"its token {len(found):,} holds a NUL")
         found.append(Token(pair[0], NORMAL, _float32(pair[1])))
     return found
 
@@ -231,6 +229,8 @@ def unigram_to_hf(header: GgufHeader, tokens: Sequence[Token]) -> dict[str, Any]
     unknown = header.get_int("tokenizer.ggml.unknown_token_id", 2)  # llama.cpp's own default
     if not 0 <= unknown < len(tokens):
         raise ModelFileInvalid(f"{file}: has no token for unknown characters; download it again")
+    if not all(math.isfinite(token.score) for token in tokens):
+        raise ModelFileInvalid(f"{file}: its tokens' scores are not finite; download it again")
     pieces = _searched(tokens, file)
     while pieces and pieces[-1].text == _UNFOUND:
         pieces.pop()
