@@ -113,6 +113,8 @@ def plan_open(
         return _plan_scripted(options)
     resolved = resolve_model(options.model, pull_missing=pull_missing)
     backend = choose_backend(options.backend, resolved.files.format, resolved.config)
+    kinds = (options.kv_type_k, options.kv_type_v)
+    check_choices(backend.backend, kinds, options.load_as, options.eviction)
     warnings = list(resolved.notes)
     if backend.convert_to is not None:
         resolved, told = in_its_form(resolved, backend, backend.convert_to, converting)
@@ -131,9 +133,6 @@ def plan_open(
             " which it may not have been trained on"
         )
     warnings += _sinks_warnings(options)
-    check_choices(
-        backend.backend, (options.kv_type_k, options.kv_type_v), options.load_as, options.eviction
-    )
     command = LoadCommand(
         backend.backend,
         resolved.files,

@@ -3,6 +3,7 @@
     write_tiny_folder(tmp_path / "tiny")                     # Llama, float32, about 0.5 MB
     write_tiny_folder(path, model_type="qwen3", layers=1)
     write_tiny_folder(path, config={"rope_theta": "many"})   # a key given another value, or left out
+    write_tiny_folder(path, tokenizer=unigram_definition())  # a vocabulary of another kind
 
 The same arguments give the same bytes.
 """
@@ -39,17 +40,20 @@ def write_tiny_folder(
     head_dim: int = 16,
     feed_forward: int = 96,
     dtype: Literal["float32", "float16"] = "float32",
+    tokenizer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a folder and return it. config, tensors: what replaces what is written; None leaves out."""
+    """Write a folder and return it. config, tensors: what replaces what is written; None leaves out.
+    tokenizer: a tokenizer.json in place of the byte-level one, with the same special tokens."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
     is_qwen = model_type.startswith("qwen")
     bos = None if is_qwen else SPECIAL_TOKENS[0]
-    definition = tokenizer_definition("NFC" if is_qwen else None, bos)
-    vocab_size = len(definition["model"]["vocab"]) + len(SPECIAL_TOKENS) + UNUSED_IDS
+    definition = tokenizer or tokenizer_definition("NFC" if is_qwen else None, bos)
+    added = [token["id"] + 1 for token in definition["added_tokens"]]
+    vocab_size = max(len(definition["model"]["vocab"]), *added) + UNUSED_IDS
     values: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -64,7 +68,7 @@ def write_tiny_folder(
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": model_type == "qwen3",
-        "eos_token_id": vocab_size - UNUSED_IDS - 1,
+        "eos_token_id": added[-1] - 1,
     } | dict(config or {})
     values = {key: value for key, value in values.items() if value is not None}
     weights = _weights(
@@ -120,6 +124,34 @@ def tokenizer_definition(normalizer: str | None = None, bos: str | None = None) 
             single=f"{bos} $A", special_tokens=[beginning]
         )
     definition: dict[str, Any] = json.loads(tokenizer.to_str())
+    return definition
+
+
+def unigram_definition(
+    normalizer: Mapping[str, Any] | None = None, pre_tokenizer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A tokenizer.json of Unigram's kind, trained by the library itself on a few pages of prose; its
+    special tokens are `<unk>` and those of the byte-level one. With neither argument blanks become
+    U+2581 and nothing else happens to a text."""
+    import numpy as np
+    from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
+
+    from edgeinfer.measure.texts import measured_text
+
+    if normalizer is None and pre_tokenizer is None:
+        normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")  # type: ignore[assignment]
+    empty = {**json.loads(tokenizer.to_str()), "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    tokenizer = Tokenizer.from_str(json.dumps(empty))
+    special = [AddedToken(text, special=True) for text in ("<unk>", *SPECIAL_TOKENS)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(measured_text(None)[:40_000].splitlines(), trainer)
+    definition: dict[str, Any] = json.loads(tokenizer.to_str())
+    for piece in definition["model"]["vocab"]:  # as SentencePiece writes scores
+        piece[1] = float(np.float32(piece[1]))
     return definition
 
 

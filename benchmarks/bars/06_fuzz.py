@@ -79,11 +79,17 @@ Case = Callable[[int], tuple[Path, str]]
 
 def gguf_cases(place: Path) -> Case:
     from tests.fixtures_gguf import write_tiny_gguf
+    from tests.fixtures_hf import unigram_definition, write_tiny_folder
 
     sound = [
         write_tiny_gguf(place / f"{arch}.gguf", arch=arch, layers=1, hidden=32, feed_forward=32)  # type: ignore[arg-type]
         for arch in ("llama", "qwen3", "gemma3")
     ]
+    unigram = write_tiny_folder(
+        place / "unigram", layers=1, hidden=32, feed_forward=32, tokenizer=unigram_definition()
+    )
+    sound.append(place / "unigram.gguf")
+    convert(plan_conversion(source_of_folder(unigram), unigram, "gguf", "f32", sound[-1], force=False))
     mutators = [Mutator(path.read_bytes(), seed=6) for path in sound]
 
     def case(number: int) -> tuple[Path, str]:
@@ -96,13 +102,18 @@ def gguf_cases(place: Path) -> Case:
 
 
 def folder_cases(place: Path) -> Case:
-    from tests.fixtures_hf import write_tiny_folder
+    from tests.fixtures_hf import unigram_definition, write_tiny_folder
 
     kinds: tuple[Any, ...] = ("llama", "qwen2", "qwen3")
     sound = [
         write_tiny_folder(place / kind, model_type=kind, layers=1, hidden=32, feed_forward=32)
         for kind in kinds
     ]
+    sound.append(
+        write_tiny_folder(
+            place / "unigram", layers=1, hidden=32, feed_forward=32, tokenizer=unigram_definition()
+        )
+    )
     names = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
     folder = place / "damaged"
     folder.mkdir()

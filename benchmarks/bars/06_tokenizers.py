@@ -2,16 +2,20 @@
 
 Code, prose of many scripts, emoji, runs of blanks, control characters and special tokens in texts; the
 starter's byte-level vocabulary and Gemma 3's SentencePiece one.
+
+Left out, and counted, are strings with a byte that the vocabulary has no token for: llama.cpp ends a
+merge there, the tokenizers library drops the byte first and merges over the gap, whatever the file says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.model_files import gemma, starter
 from benchmarks.verdict import Bar, run_bar
@@ -19,7 +23,12 @@ from edgeinfer.backend import RuntimeSettings
 from edgeinfer.measure.texts import measured_text
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.model import source_of_gguf
+from edgeinfer_models.conversion.vocabulary_tokens import CONTROL, UNKNOWN, USER_DEFINED
+from edgeinfer_models.gguf_model import read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SCRIPTS = (
     "Příliš žluťoučký kůň úpěl ďábelské ódy. ",
@@ -67,23 +76,28 @@ def measure(bar: Bar) -> None:
     if not bar.options.without_gemma:
         models["Gemma 3 270M"] = gemma()
     for name, path in models.items():
-        differing = compare(bar, name, path)
-        bar.require(f"{name}: {differing} of {bar.options.strings} strings differ", differing == 0)
+        compared, differing = compare(bar, name, path)
+        bar.require(
+            f"{name}: {differing} of {compared:,} strings differ", differing == 0 and compared > 0
+        )
 
 
-def compare(bar: Bar, name: str, path: Path) -> int:
+def compare(bar: Bar, name: str, path: Path) -> tuple[int, int]:
+    """How many strings were compared, and how many of them differ."""
     from tokenizers import Tokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        for file, text in source_of_gguf(path).hf_files().items():
-            (Path(folder) / file).write_text(text, encoding="utf-8")
-        made = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    made = Tokenizer.from_str(source_of_gguf(path).hf_files()["tokenizer.json"])
+    has_gap = _gap_finder(made)
     files = ModelFiles(name, (path,), "gguf")
     runtime = get_backend("llamacpp").load(files, RuntimeSettings(context=64), lambda _: True)
     own = runtime.tokenizer
-    special = [own.text(token) for token in range(own.vocab_size) if own.is_control(token)][:40]
-    differing = 0
+    special = _sought(path)
+    compared = left_out = differing = 0
     for text in strings(bar.options.strings, special):
+        if has_gap(text):
+            left_out += 1
+            continue
+        compared += 1
         expected = own.encode(text, add_special=False, parse_special=True)
         found = made.encode(text, add_special_tokens=False).ids
         if found != expected:
@@ -91,7 +105,36 @@ def compare(bar: Bar, name: str, path: Path) -> int:
             if differing <= 5:
                 bar.say(f"  {text!r}: {found[:12]} not {expected[:12]}")
     runtime.close()
-    return differing
+    if left_out:
+        bar.say(f"  {name}: {left_out:,} strings left out, which have a byte that has no token")
+    return compared, differing
+
+
+def _sought(path: Path) -> list[str]:
+    """Some of the tokens that are looked for before a text is cut: special, unknown, user-defined."""
+    header = read_gguf_model(path)
+    texts = header.get_list("tokenizer.ggml.tokens") or []
+    kinds = header.get_list("tokenizer.ggml.token_type") or []
+    return [
+        str(text)
+        for kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        for text in [text for text, own in zip(texts, kinds, strict=True) if own == kind][:40]
+    ]
+
+
+def _gap_finder(tokenizer: Tokenizer) -> Callable[[str], bool]:
+    """Whether a text has a byte that the vocabulary has no token for. One of SentencePiece's kind has
+    all of them: llama.cpp loads no other."""
+    from tokenizers import pre_tokenizers
+
+    definition = json.loads(tokenizer.to_str())
+    if "ByteLevel" not in json.dumps(definition["pre_tokenizer"]):
+        return lambda text: False
+    known = set(tokenizer.get_vocab())
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return lambda text: any(
+        letter not in known for word, _ in spelled.pre_tokenize_str(text) for letter in word
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

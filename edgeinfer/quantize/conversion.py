@@ -27,7 +27,8 @@ def plan_conversion(
     model: SourceModel, beside: Path, to: Container, dtype: str, out: Path | None, *, force: bool
 ) -> Conversion:
     """Everything that can be found out before a byte is written. beside: the model's own path, next to
-    which the result lies unless `out` says where. Raises UsageError, UnsupportedModel."""
+    which the result lies unless `out` says where. Raises UsageError, UnsupportedModel,
+    ModelFileInvalid."""
     if dtype not in DTYPES:
         raise UsageError(f"--type {dtype[:40]!r} is not one of {', '.join(DTYPES)} (others come later)")
     if to == "gguf" and model.form == "gguf":

@@ -257,6 +257,11 @@ class _Checks:
         tokens = self.header.get_length("tokenizer.ggml.tokens")
         if tokens is None:
             tokens = self.header.get_int("{arch}.vocab_size", self.header.get_int("vocab_size"))
+        elif len(tensor.shape) == 2 and tensor.shape[1] != tokens:
+            raise self.invalid(
+                f"its vocabulary has {tokens:,} tokens where 'token_embd.weight' has {tensor.shape[1]:,}"
+                " rows"
+            )
         shape: Sequence[int] = tensor.shape
         if len(shape) != 2 or shape[0] != width or (tokens and shape[1] != tokens):
             raise self.invalid(

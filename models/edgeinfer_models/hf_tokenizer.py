@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class HfTokenizer:
         self._special = {token["id"]: token["content"] for token in added if token.get("special")}
         self._added = {token["id"]: token["content"] for token in added}
         self._decoder = _PieceDecoder(definition.get("decoder"))
-        self._parsing = self._build()
+        self._parsing = self._build(self._text)
         self._plain: tokenizers.Tokenizer | None = None
         self._plain_lock = threading.Lock()
         self._pieces: dict[int, bytes] = {}
@@ -124,7 +124,7 @@ class HfTokenizer:
         self._check(token)
         return token in self._special or self._parsing.id_to_token(token) is None
 
-    def _build(self) -> tokenizers.Tokenizer:
+    def _build(self, text: str) -> tokenizers.Tokenizer:
         try:
             import tokenizers
         except ImportError:
@@ -132,14 +132,14 @@ class HfTokenizer:
                 f"{FILE_NAME}: the package tokenizers is missing; run `pip install edgeinfer[mlx]`"
             ) from None
         with _checked():
-            return tokenizers.Tokenizer.from_str(self._text)
+            return tokenizers.Tokenizer.from_str(text)
 
     def _plain_tokenizer(self) -> tokenizers.Tokenizer:
         """Reads special tokens as the text they are. The switch is the library's per tokenizer, so this
         is a second one, made when it is first needed."""
         with self._plain_lock:
             if self._plain is None:
-                plain = self._build()
+                plain = self._build(_without_special_pieces(self._text, self._special))
                 plain.encode_special_tokens = True
                 self._plain = plain
             return self._plain
@@ -169,6 +169,20 @@ class HfTokenizer:
     def _check(self, token: int) -> None:
         if not 0 <= token < self._size:
             raise ValueError(f"token {token} is outside the vocabulary of {self._size}")
+
+
+def _without_special_pieces(text: str, special: Iterable[int]) -> str:
+    """A Unigram model looks for its whole vocabulary in a text, special tokens too, whatever the
+    library's switch for them says. An empty piece is never found, and the ids stay what they are."""
+    definition = json.loads(text)
+    model = definition.get("model")
+    if not isinstance(model, dict) or model.get("type") != "Unigram":
+        return text
+    hidden = {token for token in special if token < len(model["vocab"])}
+    for token in hidden:
+        model["vocab"][token][0] = ""
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] not in hidden]
+    return json.dumps(definition)
 
 
 class _PieceDecoder:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeinfer.errors import ModelFileInvalid, UnsupportedModel, UsageError
+from edgeinfer.errors import ModelFileInvalid, ModelNotFound, UnsupportedModel, UsageError
 from edgeinfer_models.conversion.floats import first_bad, from_float32, to_float32
 from edgeinfer_models.conversion.model import source_of_folder, source_of_gguf
 from edgeinfer_models.conversion.new_file import NewFile
@@ -24,9 +24,11 @@ from edgeinfer_models.conversion.packed import packing_of
 from edgeinfer_models.conversion.pre_tokenizers import CUTS, cuts_from_hf, name_of
 from edgeinfer_models.conversion.sources import SafetensorsSource
 from edgeinfer_models.conversion.to_gguf import GgufPlan, write_gguf
-from edgeinfer_models.conversion.vocabulary import vocabulary_to_gguf
+from edgeinfer_models.conversion.vocabulary import vocabulary_to_gguf, vocabulary_to_hf
+from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import read_gguf_model
 from edgeinfer_models.safetensors_header import read_safetensors_folder
+from tests.fixtures_gguf import write_tiny_gguf
 from tests.fixtures_hf import write_tiny_folder
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -234,6 +236,36 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         vocabulary_to_gguf(folder, size - 100)
 
 
+def test_a_vocabulary_of_another_model_is_refused_on_the_way_back(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    header = source_of_gguf(path).origin
+    assert isinstance(header, GgufHeader)
+    rows = header.get_length("tokenizer.ggml.tokens")
+    assert rows is not None and vocabulary_to_hf(header, rows)
+    with pytest.raises(ModelFileInvalid, match=rf"^tiny\.gguf: has {rows} tokens .* for {rows - 1};"):
+        vocabulary_to_hf(header, rows - 1)
+    tokens = [f"t{index}" for index in range(rows + 1)]
+    kinds = [1] * len(tokens)
+    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    other = write_tiny_gguf(
+        tmp_path / "other.gguf",
+        metadata=keys,
+        tensors={"token_embd.weight": np.zeros((rows, 64), np.float16)},
+    )
+    with pytest.raises(ModelFileInvalid, match=rf"^other\.gguf: its vocabulary has {rows + 1} tokens"):
+        source_of_gguf(other)
+
+
+def test_a_folder_with_sentencepieces_own_file_alone_is_told_what_to_do(tmp_path: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "tiny")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(UnsupportedModel, match=r"^tiny: has a tokenizer\.model .*AutoTokenizer"):
+        source_of_folder(folder).gguf_metadata()
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ModelNotFound, match=r"tokenizer\.json: "):
+        source_of_folder(folder).gguf_metadata()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -432,7 +464,6 @@ def test_a_sentencepiece_vocabulary_is_that_of_llama_cpp_in_tokenizers(
     from edgeinfer.backend import RuntimeSettings
     from edgeinfer.registry import get_backend
     from edgeinfer_models.model_files import ModelFiles
-    from tests.fixtures_gguf import write_tiny_gguf
 
     path = write_tiny_gguf(
         tmp_path / "spm.gguf",
@@ -445,7 +476,7 @@ def test_a_sentencepiece_vocabulary_is_that_of_llama_cpp_in_tokenizers(
         ModelFiles("spm", (path,), "gguf"), RuntimeSettings(context=64), lambda _: True
     )
     found = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("the other in an", "here", "on the hinter seas", "Ünï 🦙", "a  b\n"):
-        expected = runtime.tokenizer.encode(text, add_special=False, parse_special=False)
+    for text in ("the other in an", "here", "on the hinter seas", "Ünï 🦙", "a  b\n", "an <unk>on"):
+        expected = runtime.tokenizer.encode(text, add_special=False, parse_special=True)
         assert found.encode(text, add_special_tokens=False).ids == expected, text
     runtime.close()

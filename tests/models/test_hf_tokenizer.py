@@ -12,7 +12,7 @@ import pytest
 from edgeinfer.errors import EdgeInferError, ModelFileInvalid, ModelNotFound, UnsupportedModel
 from edgeinfer_models.hf_tokenizer import HfTokenizer, read_hf_tokenizer
 from edgeinfer_models.tokenizer_config import read_tokenizer_config
-from tests.fixtures_hf import tokenizer_definition
+from tests.fixtures_hf import tokenizer_definition, unigram_definition
 
 pytest.importorskip("tokenizers", reason="the package tokenizers (extra mlx) is not installed")
 
@@ -85,6 +85,19 @@ def test_ids_agree_with_the_library_itself(tmp_path: Path) -> None:
             for add in (False, True):
                 expected = theirs.encode(text, add_special_tokens=add).ids
                 assert ours.encode(text, add_special=add, parse_special=True) == expected
+
+
+def test_a_unigram_vocabularys_special_tokens_are_text_where_text_is_meant(tmp_path: Path) -> None:
+    """The library's model looks for them in every text, and gives their ids."""
+    definition = unigram_definition()
+    hidden = definition["model"]["vocab"][2][0]
+    tokenizer = read_hf_tokenizer(write(tmp_path, definition), 400)
+    for text in (hidden, f"a {hidden} b", "<unk>", hidden[:-1]):
+        tokens = plain(tokenizer, text)
+        assert tokenizer.is_control(2) and 2 not in tokens
+        seen = tokenizer.decode(tokens)  # less the letters that are no token
+        assert seen and set(seen) <= set(text) and len(tokens) > 3
+    assert tokenizer.encode(hidden, add_special=False, parse_special=True) == [2]
 
 
 def test_prompts_are_neither_cut_nor_padded(tmp_path: Path) -> None:

@@ -43,12 +43,10 @@ def prepare_conversion(
     """What can be found out of the model before a byte is written. to: not the form it has. Raises
     UnsupportedModel."""
     rules = model.family.rules(model.shape)
-    notes: list[str] = []
     if to == "gguf":
         model.family.shape_to_gguf(model.shape)  # says now what llama.cpp computes otherwise
-        notes = model.family.notes_on_gguf(model.shape)
     num_bytes = sum(rule_bytes(rule, dtype) for rule in rules)
-    return Conversion(model, to, dtype, out, force, num_bytes, tuple(notes))
+    return Conversion(model, to, dtype, out, force, num_bytes, tuple(model.notes()))
 
 
 def convert(planned: Conversion, progress: Progress = lambda _: None) -> None:

@@ -10,7 +10,11 @@ from typing import Any, Literal
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
 from edgeinfer_models.conversion.packed import packing_of
 from edgeinfer_models.conversion.sources import GgufSource, SafetensorsSource, TensorSource
-from edgeinfer_models.conversion.vocabulary import vocabulary_to_gguf, vocabulary_to_hf
+from edgeinfer_models.conversion.vocabulary import (
+    vocabulary_notes,
+    vocabulary_to_gguf,
+    vocabulary_to_hf,
+)
 from edgeinfer_models.families import family_of_config, family_of_gguf
 from edgeinfer_models.families.family import Factors, Family
 from edgeinfer_models.families.shape import DecoderShape
@@ -45,6 +49,14 @@ class SourceModel:
         """Of the config.json that it has, or that it would get. Raises UnsupportedModel."""
         return str(self.family.shape_to_hf(self.shape)["model_type"])
 
+    def notes(self) -> list[str]:
+        """What the other form will do otherwise, a line each. Raises ModelFileInvalid,
+        UnsupportedModel."""
+        origin = self.origin
+        if isinstance(origin, GgufHeader):
+            return vocabulary_notes(origin)
+        return [*self.family.notes_on_gguf(self.shape), *vocabulary_notes(origin.folder)]
+
     def gguf_metadata(self) -> dict[str, Any]:
         """Of a folder: beside the architecture's. Raises UnsupportedModel, ModelFileInvalid."""
         origin = self.origin
@@ -65,7 +77,10 @@ class SourceModel:
             token = origin.get_int(f"tokenizer.ggml.{name}_token_id", -1)
             if token >= 0:
                 config[f"{name}_token_id"] = token
-        return {"config.json": json.dumps(config, indent=2), **vocabulary_to_hf(origin)}
+        return {
+            "config.json": json.dumps(config, indent=2),
+            **vocabulary_to_hf(origin, self.shape.vocab_size),
+        }
 
 
 def source_of_folder(folder: Path, licence: str = "") -> SourceModel:

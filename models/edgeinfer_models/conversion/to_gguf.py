@@ -170,8 +170,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    else:
-        writer.add_array(key, list(value))
+    else:  # bytes are an array of u8
+        writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
 def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[Array]:
