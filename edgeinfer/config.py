@@ -40,6 +40,7 @@ KEYS: Mapping[str, Kind] = {
     "sinks": "whole",
     "eviction": "text",
     "load-as": "text",
+    "compile": "switch",
     "overflow": "text",
     "cache-ram": "size",
     "cache-disk": "size",

@@ -55,6 +55,7 @@ class OpenOptions:
     sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
     eviction: Eviction = "streaming"  # what leaves
     load_as: LoadAs = "auto"  # in what weights are held, where a backend can choose
+    compiled: bool = False  # compile a step, where a backend can
     cache_bytes: int = DEFAULT_CACHE_BYTES
     cache_disk_bytes: int = 0  # of the prompt cache that survives the process; 0: none
     cache_dir: str | None = None  # None: the user's folder for caches
@@ -231,6 +232,7 @@ def _settings(options: OpenOptions, context: int) -> RuntimeSettings:
         kv_type_k=_kv_type(options.kv_type_k),
         kv_type_v=_kv_type(options.kv_type_v),
         load_as=options.load_as,
+        compiled=options.compiled,
         heavy_hitters=options.eviction == "h2o",
         flash_attention=options.flash_attention,
         threads=options.threads or decode,

@@ -83,7 +83,7 @@ def measure(bar: Bar) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--facts", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--load-as", default="auto")
 
 

@@ -40,6 +40,7 @@ def open_options(
     sinks: int = 4,
     eviction: str = "streaming",
     load_as: str = "auto",
+    compile: bool = False,
     cache_ram: str,
     cache_disk: str = "0",
     cache_dir: str | None = None,
@@ -73,6 +74,7 @@ def open_options(
         sinks=sinks,
         eviction=_one_of("--eviction", eviction, EVICTIONS),
         load_as=_one_of("--load-as", load_as, LOAD_AS),
+        compiled=compile,
         cache_bytes=0 if no_cache else parse_size("--cache-ram", cache_ram),
         cache_disk_bytes=0 if no_cache else parse_size("--cache-disk", cache_disk),
         cache_dir=cache_dir,
@@ -82,7 +84,7 @@ def open_options(
 # What only the one who loads a model can choose.
 _LOADING = (
     *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
-    *("window", "sinks", "eviction", "load_as", "overflow"),
+    *("window", "sinks", "eviction", "load_as", "compile", "overflow"),
     *("cache_disk", "cache_dir", "no_cache"),
 )
 

@@ -172,6 +172,10 @@ LoadAs = Annotated[
         _MODEL,
     ),
 ]
+Compile = Annotated[
+    bool,
+    _switch("compile", "Compile the torch backend's step for an NVIDIA GPU: faster, after a wait."),
+]
 Overflow = Annotated[
     str,
     _option(

@@ -93,8 +93,9 @@ def _evicted(running: RunningRequest, window: Window) -> list[str]:
     count = running.newly_evicted
     if not count:
         return []
+    which = "oldest tokens" if window.eviction == "streaming" else "tokens (those least attended to)"
     return [
-        f"{count} of the conversation's oldest tokens left the context of {window.size}:"
+        f"{count} of the conversation's {which} left the context of {window.size}:"
         " the model no longer sees them"
     ]
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 from edgeinfer.backend import Backend, MemoryItem, RuntimeSettings
+from edgeinfer.errors import BackendUnavailable
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from edgeinfer_models.model_files import ModelFiles
@@ -35,6 +38,7 @@ class RuntimeFactory:
     kv_type: str = "f16"
     rounding: float = 0.0  # of logits, where `facts.exact` is False
     heavy_hitters: bool = False
+    gpu_layers: int = 0
 
     @property
     def settings(self) -> RuntimeSettings:
@@ -44,6 +48,7 @@ class RuntimeFactory:
             kv_type_k=self.kv_type,
             kv_type_v=self.kv_type,
             heavy_hitters=self.heavy_hitters,
+            gpu_layers=self.gpu_layers,
         )
 
     def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
@@ -136,6 +141,13 @@ def _torch(model_type: ModelType, kv_type: str = "f16") -> RuntimeFactory:
     )
 
 
+def _cuda() -> Backend:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("there is no CUDA device")
+    return get_backend("torch")
+
+
 RUNTIMES = (
     _scripted(Script()),
     _scripted(Script(kv_layout="private")),
@@ -154,4 +166,5 @@ RUNTIMES = (
         kv_type="fp8",
         rounding=_TORCH_ROUNDING,
     ),
+    replace(_torch("llama"), name="torch-cuda", find_backend=_cuda, gpu_layers=-1),
 )

@@ -44,6 +44,7 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
     model = source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
     device = chosen_device(settings)
     types = _number_types(model, settings, device)
+    _check_metal(settings, types, device)
     tokenizer = _tokenizer(model)
     with _mapped(files.name):
         dtype = _DTYPES[types.computed]
@@ -77,6 +78,16 @@ def _number_types(model: SourceModel, settings: RuntimeSettings, device: torch.d
         device=device.type,
         family=model.family.name,
     )
+
+
+def _check_metal(settings: RuntimeSettings, types: NumberTypes, device: torch.device) -> None:
+    """What torch has no kernels for there. Raises LoadFailed."""
+    if device.type != "mps":
+        return
+    if types.held != "plain":
+        raise LoadFailed(f"torch has no {types.held} products for Apple's GPU; add --gpu-layers 0")
+    if "fp8" in (settings.kv_type_k, settings.kv_type_v):
+        raise LoadFailed("torch has no fp8 numbers on Apple's GPU; take --kv-type int8")
 
 
 def _tokenizer(model: SourceModel) -> HfTokenizer:

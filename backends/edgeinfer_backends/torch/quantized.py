@@ -120,18 +120,22 @@ class Int4Linear(nn.Module):
         """(n, in) -> (n, out)."""
         if self._can_unpack and x.shape[0] > _FEW_ROWS:
             return functional.linear(x, self.dequantized().to(x.dtype), self.bias)
-        inner = x.to(self._computed)
-        if x.is_cuda:
-            found = torch._weight_int4pack_mm(inner, self.packed, GROUP, self.scales_and_offsets)
-        else:
-            found = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                inner, self.packed, GROUP, self.scales_and_offsets
-            )
-        found = found.to(x.dtype)
+        found = self._product(x.to(self._computed)).to(x.dtype)
         return found if self.bias is None else found + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return torch._weight_int4pack_mm(x, self.packed, GROUP, self.scales_and_offsets)
+        found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, self.packed, GROUP, self.scales_and_offsets
+        )
+        return found
 
     def dequantized(self) -> Tensor:
         """(out, in), of the type that it computes in."""
+        if not self._can_unpack:
+            identity = torch.eye(self._size[1], dtype=self._computed, device=self.packed.device)
+            return self._product(identity).t()
         numbers = _unpacked(self.packed, *self._size).view(self._size[0], -1, GROUP)
         scales, offsets = (each.t().unsqueeze(-1) for each in self.scales_and_offsets.unbind(dim=-1))
         found = numbers.to(self._computed).sub_(8).mul_(scales).add_(offsets)
@@ -151,7 +155,8 @@ def _packed(numbers: Tensor) -> Tensor:
     """As the kernel of the device they are on wants them."""
     if numbers.is_cuda:
         pairs = (numbers[:, ::2] << 4 | numbers[:, 1::2]).to(torch.uint8)
-        return torch._convert_weight_to_int4pack(pairs, 8)
+        inner = next(tiles for tiles in (8, 4, 2) if numbers.shape[1] % (16 * tiles) == 0)
+        return torch._convert_weight_to_int4pack(pairs, inner)
     found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
     return found
 

@@ -263,7 +263,7 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         self._rows = None
         with self._abortable(), self._mapped("an embedding"):
             hidden = self._run([part])
-            found = [float(x) for x in hidden.double().sum(dim=0)]
+            found: list[float] = hidden.float().cpu().double().sum(dim=0).tolist()
             self._interrupt()
         self._commit([part])
         return found
