@@ -7,7 +7,6 @@ written is as much as with others). Counted is each process's own peak (VmHWM), 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -15,32 +14,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.holes import SHAPE_8B, write_holes
 from benchmarks.memory import run_measured
 from benchmarks.verdict import Bar, run_bar
-from edgeinfer_models.families import family
 
 MOST_BYTES = 2_000_000_000
-SHAPE_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14_336,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
-}
-SHARDS = 4
 
 
 def measure(bar: Bar) -> None:
     with tempfile.TemporaryDirectory(dir=bar.options.folder) as temporary:
         folder = Path(temporary) / "eight"
-        num_bytes = write_holes(folder)
+        num_bytes = write_holes(folder, SHAPE_8B)
         out = Path(temporary) / "out.gguf"
         command = [str(Path(sys.executable).with_name("edgeinfer")), "quantize", str(folder)]
         command += ["--type", "f16", "-o", str(out)]
@@ -66,40 +50,6 @@ def measure(bar: Bar) -> None:
             left += found if is_running else []
             out.unlink(missing_ok=True)
         bar.require(f"{bar.options.kills} kills left {len(left)} files {left[:3]}", not left)
-
-
-def write_holes(folder: Path) -> int:
-    """Returns the bytes of its weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder.mkdir()
-    shape = family("llama").shape_from_hf(SHAPE_8B, "config.json")
-    names = [(name, rule.shape) for rule in family("llama").rules(shape) for name in rule.hf]
-    weight_map, total = {}, 0
-    for shard in range(SHARDS):
-        path = folder / f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        header, offset = {}, 0
-        for name, sizes in names[shard::SHARDS]:
-            elements = 1
-            for size in sizes:
-                elements *= size
-            stop = offset + 2 * elements
-            header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [offset, stop]}
-            weight_map[name], offset = path.name, stop
-        text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text)
-        with path.open("r+b") as file:
-            file.truncate(8 + len(text) + offset)
-        total += offset
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(SHAPE_8B))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return total
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
