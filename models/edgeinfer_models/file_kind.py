@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from edgeinfer.errors import ModelFileInvalid, ModelNotFound
@@ -51,6 +52,17 @@ def describe(head: bytes) -> tuple[str, str]:
     if _looks_like_text(head):
         return "a text file", "give the path of a .gguf file"
     return "unknown data", "download it again as .gguf"
+
+
+def only_pickles(names: Iterable[str]) -> str:
+    """For a folder without weights that can be read: what is to be done, if it has them as pickles."""
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+    if not pickles:
+        return ""
+    return (
+        f"has its weights as a Python pickle ({pickles[0][:60]}), which can run code and is never read;"
+        " download the .safetensors or .gguf files of this model"
+    )
 
 
 def shown(path: Path | str, limit: int = 200) -> str:

@@ -14,7 +14,7 @@ from edgeinfer_models.architectures import MLX_MODEL_TYPES
 from edgeinfer_models.catalogue import CATALOGUE, STARTER, suggestion
 from edgeinfer_models.chat_template import TemplateSource, template_of, template_of_folder
 from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_hf
-from edgeinfer_models.file_kind import shown
+from edgeinfer_models.file_kind import only_pickles, shown
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
 from edgeinfer_models.hub_installed import find_hub_model
@@ -131,9 +131,8 @@ def _from_folder(folder: Path) -> ResolvedModel:
         )
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return _from_hf_folder(folder, "folder")
-    raise ModelNotFound(
-        f"{shown(folder)}: has no .gguf model in it; give a model file or a folder with one"
-    )
+    why = only_pickles(names) or "has no .gguf model in it; give a model file or a folder with one"
+    raise ModelNotFound(f"{shown(folder)}: {why}")
 
 
 def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:

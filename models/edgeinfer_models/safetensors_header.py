@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeinfer.errors import ModelFileInvalid, ModelNotFound, UnsupportedModel
-from edgeinfer_models.file_kind import SNIFF_BYTES, describe, require_regular_file, shown
+from edgeinfer_models.file_kind import SNIFF_BYTES, describe, only_pickles, require_regular_file, shown
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 64 << 20  # of config.json and shard indexes
@@ -107,7 +107,10 @@ def read_safetensors_folder(folder: Path) -> SafetensorsFolder:
             found = (
                 "no .safetensors file" if not files else f"{len(files)} .safetensors files but no index"
             )
-            raise ModelFileInvalid(f"{shown(folder)}: has {found}; download the whole model folder")
+            why = "" if files else only_pickles(path.name for path in folder.iterdir())
+            raise ModelFileInvalid(
+                f"{shown(folder)}: {why or f'has {found}; download the whole model folder'}"
+            )
         shards = [read_safetensors_header(files[0])]
     return SafetensorsFolder(folder, config, tuple(shards))
 

@@ -103,3 +103,13 @@ def test_a_missing_shard_and_weights_alone_are_one_line(
     (alone / "weights.bin").write_bytes(b"\x80\x02}q\x00.")
     done = console("quantize", alone / "weights.bin")
     assert done.code == 1 and "pickle" in done.error_line
+
+
+@pytest.mark.parametrize("command", ["quantize", "run"])
+def test_a_folder_of_pickles_says_that_they_are_never_read(
+    console: Console, folder: Path, command: str
+) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    done = console(command, folder)
+    assert done.code == 1
+    assert "a Python pickle (pytorch_model.bin), which can run code and is never read" in done.error_line

@@ -65,7 +65,9 @@ class TorchBackend(Backend):
         except UnsupportedModel:
             raise
         except ModelError as error:  # damaged or incomplete
-            raise LoadFailed(f"{files.name}: {error}") from error
+            said = str(error)
+            prefix = "" if said.startswith(files.name) else f"{files.name}: "
+            raise LoadFailed(f"{prefix}{said}") from error
 
 
 def _probe() -> Probe:
