@@ -110,6 +110,6 @@ def test_a_folder_of_pickles_says_that_they_are_never_read(
     console: Console, folder: Path, command: str
 ) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    done = console(command, folder)
+    done = console(command, folder, *(["hi"] if command == "run" else []))
     assert done.code == 1
     assert "a Python pickle (pytorch_model.bin), which can run code and is never read" in done.error_line
