@@ -251,7 +251,7 @@ class Layers(Protocol):
     ) -> tuple[Floats, Mapping[str, Floats]]:
         """gradient: of something with respect to the states after the layer. Returns its gradients with
         respect to the states before, and to each matrix that is not quantized (of experts: zeros where
-        none was routed to them)."""
+        none was routed to them). Quantized ones count by what their numbers mean."""
         ...
 
 
@@ -359,10 +359,13 @@ class Runtime(ABC):
         Raises SharedCells if a position at or after `start` is shared: `privatise` first."""
         raise NotImplementedError
 
-    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> None:
+    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> bytes:
         """Of positions [start, stop) keep, in every layer and head, the `keep` that got the most
         attention since they were computed, in their order; those after move down as with `evict`. Which
-        tokens a position stands for then differs between heads. Needs `can.heavy_hitters`.
+        tokens a position stands for then differs between heads. Returns a digest of what was kept where.
+
+        Attention counts from rows that were rewound since, too, and a snapshot has what was counted when
+        it was taken: the same tokens may lose others. Needs `can.heavy_hitters`.
         Source: H2O (Zhang et al. 2023, arXiv:2306.14048). Raises SharedCells."""
         raise NotImplementedError
 
@@ -419,6 +422,7 @@ class Backend(ABC):
     formats: tuple[str, ...]  # of ModelFiles it opens
     own_kv_types: tuple[str, ...] = ()  # that no other backend has, beside llama.cpp's
     loads_as: tuple[LoadAs, ...] = ("auto",)  # what `RuntimeSettings.load_as` can be
+    compiles: bool = False  # heeds `RuntimeSettings.compiled`
     counts_attention: bool = False  # heeds `RuntimeSettings.heavy_hitters`
     # `model_type` of config.json of the safetensors it opens, and `quant_method` of those that other
     # tools packed; None: any that can be converted.
@@ -428,6 +432,12 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> Probe:
         """Cheap; never raises; does not load a framework that is not there."""
+
+    def lacks(self) -> str:
+        """Why it cannot be used, as far as can be told without loading the framework; "": nothing is
+        known against it."""
+        found = self.probe()
+        return "" if found.usable else found.reason
 
     @abstractmethod
     def predict_memory(

@@ -113,5 +113,4 @@ def _convertible_to(backend: Backend, model_format: ModelFormat) -> Container | 
 
 
 def _unusable(backend: Backend) -> str:
-    found = backend.probe()
-    return "" if found.usable else found.reason
+    return backend.lacks()

@@ -115,7 +115,7 @@ def plan_open(
     resolved = resolve_model(options.model, pull_missing=pull_missing)
     backend = choose_backend(options.backend, resolved.files.format, resolved.config)
     kinds = (options.kv_type_k, options.kv_type_v)
-    check_choices(backend.backend, kinds, options.load_as, options.eviction)
+    check_choices(backend.backend, kinds, options.load_as, options.eviction, compiled=options.compiled)
     warnings = list(resolved.notes)
     if backend.convert_to is not None:
         resolved, told = in_its_form(resolved, backend, backend.convert_to, converting)
@@ -159,6 +159,8 @@ def plan_open(
 
 def _plan_scripted(options: OpenOptions) -> OpenPlan:
     """MODEL is a script (JSON) or left out: for tests, ours and other people's."""
+    kinds = (options.kv_type_k, options.kv_type_v)
+    check_choices("scripted", kinds, options.load_as, options.eviction, compiled=options.compiled)
     paths = () if options.model is None else (Path(options.model),)
     files = ModelFiles(paths[0].stem if paths else "scripted", paths, "scripted")
     settings = RuntimeSettings(
@@ -183,7 +185,12 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
 
 
 def check_choices(
-    name: str, kv_types: Iterable[str], load_as: LoadAs = AUTO, eviction: Eviction = "streaming"
+    name: str,
+    kv_types: Iterable[str],
+    load_as: LoadAs = AUTO,
+    eviction: Eviction = "streaming",
+    *,
+    compiled: bool = False,
 ) -> None:
     """What only some backends can do. Raises UsageError."""
     backend = get_backend(name)
@@ -195,6 +202,8 @@ def check_choices(
             f"--load-as {load_as}: the {name} backend computes with weights as they are stored;"
             " --backend torch can choose"
         )
+    if compiled and not backend.compiles:
+        raise UsageError(f"--compile: the {name} backend compiles nothing; --backend torch does")
     if eviction == "h2o" and not backend.counts_attention:
         raise UsageError(
             f"--eviction h2o: the {name} backend does not count attention; --backend torch does"

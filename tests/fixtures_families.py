@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeinfer.backend import RuntimeSettings, SequenceStep, Step
+from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.sources import SafetensorsSource
 from edgeinfer_models.conversion.to_gguf import GgufPlan, write_gguf
 from edgeinfer_models.families import family_of_config
 from edgeinfer_models.families.shape import DecoderShape
+from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.safetensors_header import read_safetensors_folder
 from tests.fixtures_gguf import tiny_vocabulary
 
@@ -149,3 +152,21 @@ def converted(folder: Path, config: Mapping[str, Any], dtype: str = "F32") -> Pa
     plan = GgufPlan(family_of_config(config, ""), shape_of(config), dtype, tiny_vocabulary(VOCAB))
     write_gguf(path, source, plan)
     return path
+
+
+def llama_cpp_logits(path: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """shape: (tokens, VOCAB)."""
+    settings = RuntimeSettings(
+        context=256,
+        threads=1,
+        threads_batch=1,
+        kv_type_k="f32",
+        kv_type_v="f32",
+        flash_attention=False,  # which computes in f16
+    )
+    files = ModelFiles("tiny", (path,), "gguf")
+    runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
+    result = runtime.forward(Step([SequenceStep(runtime.open(), tokens, "all")]))
+    found = np.stack([runtime.logits(result.starts[0] + i).copy() for i in range(len(tokens))])
+    runtime.close()
+    return found

@@ -23,18 +23,19 @@ READ_AGAIN = (
 )
 
 
-def let_go(runtime: Runtime, sequence: int, window: Window, head: int, count: int) -> None:
-    """`count` positions behind the head leave, and the rest moves down. Raises SharedCells.
+def let_go(runtime: Runtime, sequence: int, window: Window, head: int, count: int) -> bytes:
+    """`count` positions behind the head leave, and the rest moves down. Returns which, if the numbers do
+    not say it. Raises SharedCells.
 
     Source of "h2o": Zhang et al. 2023, arXiv:2306.14048; half of the budget is for the most recent
     tokens, as there.
     """
     if window.eviction == "streaming":
         runtime.evict(sequence, head, head + count)
-        return
+        return b""
     recent = (window.size - head) // 2
     stop = max(head + count, runtime.length(sequence) - recent)
-    runtime.evict_lightest(sequence, head, stop, stop - head - count)
+    return runtime.evict_lightest(sequence, head, stop, stop - head - count)
 
 
 class Evictor:
@@ -75,12 +76,13 @@ class Evictor:
         count = self._window.num_leaving(length, more, head, turns)
         assert running.handle is not None
         try:
-            let_go(self._runtime, running.handle, self._window, head, count)
+            choice = let_go(self._runtime, running.handle, self._window, head, count)
         except SharedCells:
             if not self._privatise(running.handle, free_cells):
                 return False
-            let_go(self._runtime, running.handle, self._window, head, count)
-        running.drop(gap_of_shift(running.gap, running.computed_history, head, count), count)
+            choice = let_go(self._runtime, running.handle, self._window, head, count)
+        gap = gap_of_shift(running.gap, running.computed_history, head, count, choice)
+        running.drop(gap, count)
         return True
 
     def _privatise(self, handle: int, free_cells: Callable[[], bool]) -> bool:

@@ -59,16 +59,19 @@ class Gap:
         return [*history[: self.head], *history[self.head + self.count :]]
 
 
-def gap_of_shift(earlier: Gap | None, history: Sequence[int], head: int, count: int) -> Gap:
+def gap_of_shift(
+    earlier: Gap | None, history: Sequence[int], head: int, count: int, choice: bytes = b""
+) -> Gap:
     """`count` more tokens left a sequence that held `history` (but for an `earlier` gap), and the rest
-    moved down. Raises ValueError if the gaps do not meet."""
+    moved down. choice: which ones they were, where that does not follow from the numbers. Raises
+    ValueError if the gaps do not meet."""
     if earlier is not None and earlier.head != head:
         raise ValueError(f"a gap at {head} beside one at {earlier.head}")
     count += earlier.count if earlier is not None else 0
     key = history_key(history)
     numbers = token_bytes((len(history), head, count))
     before = earlier.key if earlier is not None else ROOT
-    root = new_hash(b"shift" + numbers + key + before).digest()
+    root = new_hash(b"shift" + numbers + key + before + choice).digest()
     return Gap(root, key, len(history), head, count)
 
 

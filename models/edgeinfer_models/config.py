@@ -12,7 +12,7 @@ from edgeinfer.errors import ModelFileInvalid
 from edgeinfer_models.ggml_types import row_bytes
 from edgeinfer_models.gguf_checks import layer_values
 from edgeinfer_models.gguf_header import GgufHeader
-from edgeinfer_models.safetensors_header import read_safetensors_folder
+from edgeinfer_models.safetensors_header import SafetensorsFolder, read_safetensors_folder
 
 # llama_ftype of llama.h, as people write it.
 FILE_TYPES = {
@@ -165,11 +165,12 @@ def config_from_hf(folder: Path) -> ModelConfig:
         sliding_window=window,
         num_experts=values.integer("num_local_experts", "num_experts", "n_routed_experts", default=0),
         num_experts_used=values.integer("num_experts_per_tok", default=0),
-        parameters=sum(t.elements for t in model.tensors),
+        parameters=_num_weights(model, _packing(outer)),
         file_bytes=sum(shard.file_bytes for shard in model.shards),
         weights_bytes=weights,
         licence=_readme_licence(folder),
-        quantization=max(dtypes, key=lambda dtype: dtypes[dtype]) if dtypes else "",
+        quantization=_packing(outer).upper() or max(dtypes, key=lambda d: dtypes[d], default=""),
+        is_tied=all(tensor.name != "lm_head.weight" for tensor in model.tensors),
         model_type=str(outer.get("model_type") or ""),
         packing=_packing(outer),
     )
@@ -181,6 +182,22 @@ def _packing(config: Mapping[str, Any]) -> str:
         return ""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return method if isinstance(method, str) and method else "unknown"
+
+
+def _num_weights(model: SafetensorsFolder, packing: str) -> int:
+    """Without the scales beside them; packed ones as many as they stand for."""
+    if packing not in ("gptq", "awq"):
+        return sum(t.elements for t in model.tensors if not t.name.endswith(("_scale", "_scale_inv")))
+    quantization = model.config["quantization_config"]
+    bits = quantization.get("bits", quantization.get("w_bit"))
+    in_a_word = 32 // bits if bits in (2, 4, 8) else 8
+    total = 0
+    for tensor in model.tensors:
+        if tensor.name.endswith(".qweight"):
+            total += tensor.elements * in_a_word
+        elif not tensor.name.endswith((".qzeros", ".scales", ".g_idx")):
+            total += tensor.elements
+    return total
 
 
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -94,9 +94,9 @@ class CheckedRuntime(Runtime):
         with self:
             self.inner.evict(sequence, start, stop)
 
-    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> None:
+    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> bytes:
         with self:
-            self.inner.evict_lightest(sequence, start, stop, keep)
+            return self.inner.evict_lightest(sequence, start, stop, keep)
 
     def layers(self) -> Layers:
         return self.inner.layers()

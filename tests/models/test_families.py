@@ -12,17 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgeinfer.backend import RuntimeSettings, SequenceStep, Step
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.sources import GgufSource
 from edgeinfer_models.conversion.to_safetensors import write_safetensors
 from edgeinfer_models.families import NAMES, family, family_of_config, family_of_gguf
 from edgeinfer_models.families.changes import pair_rows, part_rows
 from edgeinfer_models.families.shape import DecoderShape
 from edgeinfer_models.gguf_header import read_gguf_header
-from edgeinfer_models.model_files import ModelFiles
-from tests.fixtures_families import CONFIGS, SMALL, converted, full, shape_of, write_folder
+from tests.fixtures_families import (
+    CONFIGS,
+    SMALL,
+    converted,
+    full,
+    llama_cpp_logits,
+    shape_of,
+    write_folder,
+)
 
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -107,24 +112,6 @@ def test_rows_are_paired_as_rope_turns_them() -> None:
 
 
 # -- what they compute -----------------------------------------------------------------------------
-
-
-def llama_cpp_logits(path: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """shape: (tokens, VOCAB)."""
-    settings = RuntimeSettings(
-        context=256,
-        threads=1,
-        threads_batch=1,
-        kv_type_k="f32",
-        kv_type_v="f32",
-        flash_attention=False,  # which computes in f16
-    )
-    files = ModelFiles("tiny", (path,), "gguf")
-    runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
-    result = runtime.forward(Step([SequenceStep(runtime.open(), tokens, "all")]))
-    found = np.stack([runtime.logits(result.starts[0] + i).copy() for i in range(len(tokens))])
-    runtime.close()
-    return found
 
 
 def mlx_logits(folder: Path, config: Mapping[str, Any], tokens: list[int]) -> npt.NDArray[np.float32]:

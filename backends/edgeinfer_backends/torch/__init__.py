@@ -29,6 +29,7 @@ class TorchBackend(Backend):
     formats = ("safetensors", "gguf")
     own_kv_types = ("int8", "fp8")
     loads_as = LOAD_AS
+    compiles = True
     counts_attention = True
 
     def probe(self) -> Probe:
@@ -36,6 +37,9 @@ class TorchBackend(Backend):
             return _probe()
         except Exception as error:  # whatever a broken installation raises
             return Probe(False, f"torch is installed but does not work here ({error}); {INSTALL}")
+
+    def lacks(self) -> str:
+        return _missing()  # importing torch takes seconds, and 200 MB of a process that need not have it
 
     def predict_memory(
         self,
@@ -70,12 +74,19 @@ class TorchBackend(Backend):
             raise LoadFailed(f"{prefix}{said}") from error
 
 
-def _probe() -> Probe:
+def _missing() -> str:
     from importlib.util import find_spec
 
     for module in ("torch", "tokenizers"):
         if find_spec(module) is None:
-            return Probe(False, f"{module} is not installed; {INSTALL}")
+            return f"{module} is not installed; {INSTALL}"
+    return ""
+
+
+def _probe() -> Probe:
+    missing = _missing()
+    if missing:
+        return Probe(False, missing)
     import torch
 
     from edgeinfer_backends.torch.devices import describe_build, devices

@@ -215,8 +215,9 @@ class Decoder(nn.Module):
         """(n,) -> (n, hidden_size)."""
         x: Tensor = self.embed_tokens(tokens)
         scale = self.shape.embedding_scale
-        # Gemma rounds the factor to the weights' type before it multiplies.
-        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+        # Gemma rounds the factor to the weights' type before it multiplies. (A number, no tensor: one on
+        # a GPU would have to be copied there, which a step that is recorded may not.)
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype).item()
 
     def run_layer(self, layer: int, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         found: Tensor = self.layers[layer](x, positions, self.rotary(layer), attention)
@@ -243,23 +244,28 @@ def attend(shape: DecoderShape, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | 
     bool, or None: every row sees all. Returns (n, heads * d)."""
     if shape.attention_softcap:
         return weigh(shape, attention_weights(shape, q, k, seen), v)
+    shared = shape.num_heads // shape.num_kv_heads
+    if q.is_cuda and seen is not None and shared > 1:  # its fused kernels have no mask for shared heads
+        k, v = (each.repeat_interleave(shared, dim=0) for each in (k, v))
+        shared = 1
     found = functional.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         k.unsqueeze(0),
         v.unsqueeze(0),
         attn_mask=seen,
         scale=_scale(shape),
-        enable_gqa=shape.num_heads != shape.num_kv_heads,
+        enable_gqa=shared > 1,
     )
     return found[0].transpose(0, 1).reshape(q.shape[0], -1)
 
 
 def attention_weights(shape: DecoderShape, q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
-    """How much each row takes from each position: (kv_heads, heads of each, n, m), float32. The same
-    numbers as in `attend`, which never holds them all."""
+    """How much each row takes from each position: (kv_heads, heads of each, n, m), float32. As in
+    `attend`, which never holds them all."""
     shared = shape.num_heads // shape.num_kv_heads
     grouped = q.view(q.shape[0], shape.num_kv_heads, shared, shape.head_dim).permute(1, 2, 0, 3)
-    scores = (grouped @ k.unsqueeze(1).transpose(-1, -2)).float() * _scale(shape)
+    # Scaled first: unscaled scores can be more than f16 holds.
+    scores = ((grouped * _scale(shape)) @ k.unsqueeze(1).transpose(-1, -2)).float()
     cap = shape.attention_softcap
     if cap:
         scores = cap * torch.tanh(scores / cap)

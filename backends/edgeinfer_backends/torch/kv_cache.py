@@ -7,6 +7,8 @@ step is what it will read later: rounded to the cache's type.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -153,10 +155,11 @@ class SequenceCache:
 
     def rewind(self, length: int) -> None:
         self.length = length
-        if self.capacity - length > _SPARE:
-            self._resize(length)
         if self._weight is not None:
             self._weight[:, :, length:] = 0.0
+        if self.capacity - length > _SPARE:
+            with contextlib.suppress(RuntimeError):  # no memory to give memory back with
+                self._resize(length)
 
     def evict(self, start: int, stop: int, turn: Turn) -> None:
         """Drop [start, stop) and move what is behind down. A quantized key is rounded again."""
@@ -165,9 +168,9 @@ class SequenceCache:
         kept = torch.where(kept < start, kept, kept + (stop - start))
         self._keep(start, [kept.expand(heads, -1)] * self._shape.num_layers, turn)
 
-    def keep_heaviest(self, start: int, stop: int, keep: int, turn: Turn) -> None:
+    def keep_heaviest(self, start: int, stop: int, keep: int, turn: Turn) -> bytes:
         """Of [start, stop) keep, in every layer and head, the `keep` positions that got the most
-        attention, in their order; what is behind moves down.
+        attention, in their order; what is behind moves down. Returns a digest of what was kept where.
 
         Source: H2O (Zhang et al. 2023, arXiv:2306.14048); positions are those in the cache, as there.
         """
@@ -180,6 +183,7 @@ class SequenceCache:
             heads = heaviest.shape[0]
             places.append(torch.cat((before.expand(heads, -1), heaviest, behind.expand(heads, -1)), -1))
         self._keep(start, places, turn)
+        return hashlib.blake2b(torch.stack(places).cpu().numpy().tobytes(), digest_size=16).digest()
 
     def _keep(self, start: int, places: list[Tensor], turn: Turn) -> None:
         """places: (kv_heads, n) for each layer, ascending; the first `start` are where they were. All is
@@ -212,6 +216,8 @@ class SequenceCache:
         for new, old in zip(layers, self.layers, strict=True):
             for buffer, rows in zip(new, old, strict=True):
                 buffer.put(0, rows.part(0, self.length))
+                # What is masked is multiplied by 0, and 0 times what another left there must be 0.
+                buffer.numbers[:, self.length :] = 0
         self.layers, self.capacity = layers, capacity
 
     def move_out(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -42,7 +43,16 @@ class WholeTexts:
 class LayerAccess:
     """Implements `edgeinfer.backend.Layers`."""
 
-    def __init__(self, decoder: Decoder, device: torch.device, dtype: torch.dtype, context: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        device: torch.device,
+        dtype: torch.dtype,
+        context: int,
+        on_replaced: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """on_replaced: told what a matrix was replaced by, as text that names it and its numbers."""
+        self._on_replaced = on_replaced
         self._decoder = decoder
         self._device = device
         self._dtype = dtype
@@ -95,10 +105,9 @@ class LayerAccess:
                 f"{matrix} of layer {layer} has the shape {[old.out_features, old.in_features]}, not"
                 f" {list(new.shape)}"
             )
-        linear = nn.Linear(new.shape[1], new.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(new, requires_grad=False)
-        linear.bias = old.bias
-        replace_module(self._decoder, f"layers.{layer}.{matrix}", linear)
+        replace_module(self._decoder, f"layers.{layer}.{matrix}", _linear(new, old.bias))
+        numbers = hashlib.sha256(weight.tobytes()).hexdigest()
+        self._on_replaced(f"{layer}.{matrix}:{numbers}")
 
     def differentiate(
         self, layer: int, states: Floats, gradient: Floats
@@ -107,27 +116,30 @@ class LayerAccess:
         behind = self._states(layer, gradient)
         if behind.shape != before.shape:
             raise ValueError("the gradient must have the shape of the states")
-        linears = [(n, m) for n, m in self._matrices(layer) if isinstance(m, nn.Linear)]
-        # Weights that were read in inference mode cannot be differentiated; others are not to gather
-        # gradients.
-        originals = [matrix.weight for _, matrix in linears]
+        originals = self._matrices(layer)
+        linears: list[tuple[str, nn.Linear]] = []
         try:
-            for _, matrix in linears:
-                matrix.weight = nn.Parameter(matrix.weight.detach().clone())
+            for name, matrix in originals:
+                if isinstance(matrix, nn.Linear):
+                    own = _linear(matrix.weight.detach().clone(), matrix.bias, learns=True)
+                    linears.append((name, own))
+                else:  # rounding has no slope: by what its numbers mean
+                    own = _linear(matrix.dequantized().to(self._dtype), matrix.bias)
+                replace_module(self._decoder, f"layers.{layer}.{name}", own)
             with torch.enable_grad():
                 found = self._run(layer, before)
                 wanted = [before, *(matrix.weight for _, matrix in linears)]
                 grads = torch.autograd.grad(found, wanted, behind, allow_unused=True)
         finally:
-            for (_, matrix), original in zip(linears, originals, strict=True):
-                matrix.weight = original
-        own, of_weights = grads[0], grads[1:]
-        assert own is not None
+            for name, matrix in originals:
+                replace_module(self._decoder, f"layers.{layer}.{name}", matrix)
+        of_states, of_weights = grads[0], grads[1:]
+        assert of_states is not None
         named = {
             name: _to_numpy(torch.zeros_like(matrix.weight) if each is None else each)
             for (name, matrix), each in zip(linears, of_weights, strict=True)
         }
-        return _to_numpy(own), named
+        return _to_numpy(of_states), named
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -177,6 +189,14 @@ class LayerAccess:
             raise ValueError(f"texts of {states.shape[1]} tokens in a context of {self._context}")
         self._matrices(layer)
         return torch.from_numpy(states.copy()).to(self._device, self._dtype)
+
+
+def _linear(weight: Tensor, bias: nn.Parameter | None, *, learns: bool = False) -> nn.Linear:
+    found = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    found.weight = nn.Parameter(weight, requires_grad=learns)
+    if bias is not None:
+        found.bias = bias
+    return found
 
 
 def _to_numpy(values: Tensor) -> Floats:

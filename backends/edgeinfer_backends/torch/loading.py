@@ -42,13 +42,13 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
             raise ValueError(f"{setting} must be at least 1, not {getattr(settings, setting)}")
     if not files.paths:
         raise LoadFailed(f"{files.name}: no weights are named")
-    is_gguf = files.format == "gguf"
-    model = source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
-    device = chosen_device(settings)
-    types = _number_types(model, settings, device)
-    _check_metal(settings, types, device)
-    tokenizer = _tokenizer(model)
     with _mapped(files.name):
+        is_gguf = files.format == "gguf"
+        model = source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
+        device = chosen_device(settings)
+        types = _number_types(model, settings, device)
+        _check_kernels(settings, types, device)
+        tokenizer = _tokenizer(model)
         dtype = _DTYPES[types.computed]
         decoder = load_decoder(model, dtype, device, types.held, progress)
         identity = {
@@ -91,8 +91,14 @@ def _number_types(model: SourceModel, settings: RuntimeSettings, device: torch.d
     )
 
 
-def _check_metal(settings: RuntimeSettings, types: NumberTypes, device: torch.device) -> None:
+def _check_kernels(settings: RuntimeSettings, types: NumberTypes, device: torch.device) -> None:
     """What torch has no kernels for there. Raises LoadFailed."""
+    if (
+        device.type == "cuda"
+        and types.held == "int4"
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        raise LoadFailed("torch's int4 products need an Ampere GPU or a newer one; take --load-as int8")
     if device.type != "mps":
         return
     if types.held != "plain":

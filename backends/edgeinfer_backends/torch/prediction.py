@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from edgeinfer.backend import Device, MemoryItem, RuntimeSettings
 from edgeinfer_backends.private_sequences import IDLE_SEQUENCES
 from edgeinfer_backends.torch.kv_types import head_bytes, nearest
 from edgeinfer_backends.torch.number_types import choose, processor_is_fast_at_bf16
+from edgeinfer_backends.torch.recording import obstacle
 from edgeinfer_models.config import ModelConfig
 
 GROWTH = 256  # positions by which a sequence's buffers grow
@@ -48,29 +50,48 @@ def predict_memory(
     )
     if settings.heavy_hitters:
         cell += sum(config.num_kv_heads) * _FLOAT
-    sizes = (cell, config.vocab_size, config.hidden_size, max(config.intermediate_size, 1))
+    holds_scores = settings.heavy_hitters or "gemma2" in config.architecture.lower()
+    sizes = Sizes(
+        cell,
+        config.vocab_size,
+        config.hidden_size,
+        max(config.intermediate_size, 1),
+        config.num_heads if holds_scores else 0,
+    )
+    is_fixed = on_gpu and not obstacle(
+        kinds, types.held, has_experts=config.num_experts > 0, weighs=settings.heavy_hitters
+    )
     return [
         MemoryItem("weights", weights, device),
-        *runtime_items(*sizes, settings, device),
+        *runtime_items(sizes, settings, device, has_fixed_buffers=is_fixed),
         MemoryItem("tables", config.vocab_size * _TOKEN),
         MemoryItem("process", _PROCESS),
     ]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """heads_with_scores: where attention's scores are held whole (0: nowhere)."""
+
+    cell_bytes: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    heads_with_scores: int
+
+
 def runtime_items(
-    cell_bytes: int,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    settings: RuntimeSettings,
-    device: str,
+    sizes: Sizes, settings: RuntimeSettings, device: str, *, has_fixed_buffers: bool
 ) -> list[MemoryItem]:
-    """The KV cache as if it were full (it is allocated as it fills), and what a step takes."""
-    cells = settings.context * settings.sequences
+    """The KV cache as if it were full (it is allocated as it fills), what a step takes, and the cache of
+    one sequence once more, while it grows or loses positions."""
+    cells = settings.context * (settings.sequences + has_fixed_buffers)
     rounding = (settings.sequences + IDLE_SEQUENCES) * GROWTH
-    rows = min(settings.logit_rows, settings.step_tokens) * vocab_size * _FLOAT
-    states = settings.step_tokens * (8 * hidden_size + 3 * intermediate_size) * _FLOAT
+    rows = min(settings.logit_rows, settings.step_tokens) * sizes.vocab_size * _FLOAT
+    states = settings.step_tokens * (8 * sizes.hidden_size + 3 * sizes.intermediate_size) * _FLOAT
+    scores = 2 * sizes.heads_with_scores * settings.step_tokens * settings.context * _FLOAT
     return [
-        MemoryItem("kv cache", (cells + rounding) * cell_bytes, device),
-        MemoryItem("compute", rows + states, device),
+        MemoryItem("kv cache", (cells + rounding) * sizes.cell_bytes, device),
+        MemoryItem("copies", settings.context * sizes.cell_bytes, device),
+        MemoryItem("compute", rows + states + scores, device),
     ]

@@ -22,17 +22,19 @@ _FEW_ROWS = 96  # up to here the kernel for 4 bits beats unpacking (measured on 
 
 
 def quantized(linear: nn.Linear, held: Held) -> nn.Module:
-    """Matrices whose rows are no multiple of a group stay as they are."""
-    if held == "int8":
-        return Int8Linear(linear)
+    """Matrices of sizes that the kernels have not stay as they are."""
+    if held == "int8":  # CUDA multiplies by eights
+        fits = linear.in_features % 8 == 0 and linear.out_features % 8 == 0
+        return Int8Linear(linear) if fits else linear
     if linear.in_features % GROUP or linear.out_features % 64:
         return linear
     return Int4Linear(linear)
 
 
 class Int8Linear(nn.Module):
-    """weight: (out, in) int8 with a scale for each row; inputs are rounded row by row. Columns of the
-    input with an entry of `outlier` or more are multiplied in the input's own type.
+    """weight: (out, in) int8 with a scale for each row; inputs are rounded row by row. Entries of the
+    input of `outlier` or more are multiplied in the input's own type (the paper takes their whole
+    columns: then a row's result would depend on the rows beside it).
 
     The paper looks at inputs alone. Where a norm's large weight makes the outlier, the matrix's column
     is small in turn, and lost in the rounding of its rows: columns that would be off by more than
@@ -64,16 +66,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out)."""
-        is_outlier = (x.abs() >= self._outlier).any(dim=0)
-        is_outlier[self.kept] = False
-        columns = is_outlier.nonzero().squeeze(1)
-        rest = x.float().index_fill(1, torch.cat((columns, self.kept)), 0.0)
+        is_outlier = (x.abs() >= self._outlier).index_fill(1, self.kept, False)
+        columns = is_outlier.any(dim=0).nonzero().squeeze(1)
+        rest = x.float().index_fill(1, self.kept, 0.0).masked_fill(is_outlier, 0.0)
         row_scales = rest.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127.0
         numbers = (rest / row_scales).round().to(torch.int8)
         found = _product(numbers, self.weight).float() * row_scales * self.scales
         if columns.numel():
             weights = self.weight[:, columns].float() * self.scales.unsqueeze(1)
-            found = found + functional.linear(x[:, columns], weights.to(x.dtype)).float()
+            outliers = x[:, columns] * is_outlier[:, columns]
+            found = found + functional.linear(outliers, weights.to(x.dtype)).float()
         if self.kept.numel():
             found = found + functional.linear(x[:, self.kept], self.kept_weight).float()
         found = found.to(x.dtype)

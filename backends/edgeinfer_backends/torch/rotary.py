@@ -7,7 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from edgeinfer_models.families.rope import frequencies, llama3_factors, longrope_attention_factor
+from edgeinfer_models.families.rope import (
+    frequencies,
+    llama3_factors,
+    longrope_attention_factor,
+    yarn_attention_factor,
+)
 from edgeinfer_models.families.shape import Rope, RopeScaling
 
 
@@ -80,5 +85,5 @@ def _yarn(rope: Rope, scaling: RopeScaling, plain: list[float]) -> tuple[list[fl
     for pair, each in enumerate(plain):
         slowed = min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
         found.append(each * (1.0 - slowed) + each / scaling.factor * slowed)
-    factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    factor = scaling.attention_factor or yarn_attention_factor(scaling.factor)
     return found, factor

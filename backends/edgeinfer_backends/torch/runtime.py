@@ -6,6 +6,7 @@ Readable first: this is what the other backends are held to.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,14 +32,16 @@ from edgeinfer_backends.torch.kv_cache import SequenceCache
 from edgeinfer_backends.torch.kv_types import head_bytes, nearest
 from edgeinfer_backends.torch.layers import LayerAccess
 from edgeinfer_backends.torch.number_types import NumberTypes
-from edgeinfer_backends.torch.prediction import runtime_items
+from edgeinfer_backends.torch.prediction import Sizes, runtime_items
+from edgeinfer_backends.torch.recording import obstacle
 from edgeinfer_backends.torch.snapshots import SnapshotFormat
-from edgeinfer_backends.torch.static_decode import StaticDecoder, obstacle
+from edgeinfer_backends.torch.static_decode import MOST_SPANS, StaticDecoder
 from edgeinfer_models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgeinfer.backend import Logits
 
+log = logging.getLogger("edgeinfer.torch")
 _FLOAT = 4
 
 
@@ -104,8 +107,9 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
             "rope_context": decoder.rope_kind(settings.context),
         }
         weighs = settings.heavy_hitters
-        why_not = obstacle(shape, self._kinds, types.held, weighs=weighs)
-        self._snapshots = SnapshotFormat(self._identity, shape, self._kinds, device, weighs=weighs)
+        has_experts = shape.experts is not None
+        why_not = obstacle(self._kinds, types.held, has_experts=has_experts, weighs=weighs)
+        self._snapshots = self._snapshot_format()
         self._threads = [settings.threads or torch.get_num_threads()] * 2
         self._threads[1] = settings.threads_batch or self._threads[0]
         self._loaded_threads = tuple(self._threads)
@@ -166,10 +170,17 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
         kind, shape, facts = kind_of(self._device), self._decoder.shape, self._facts
         tensors = [*self._decoder.parameters(), *self._decoder.buffers()]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        sizes = (facts.kv_bytes_per_token, shape.vocab_size, shape.hidden_size, shape.intermediate_size)
+        sizes = Sizes(
+            facts.kv_bytes_per_token,
+            shape.vocab_size,
+            shape.hidden_size,
+            max(shape.intermediate_size, 1),
+            shape.num_heads if shape.attention_softcap or self._settings.heavy_hitters else 0,
+        )
+        is_fixed = self._static is not None
         return [
             MemoryItem("weights", weights, kind),
-            *runtime_items(*sizes, self._settings, kind),
+            *runtime_items(sizes, self._settings, kind, has_fixed_buffers=is_fixed),
         ]
 
     # -- running ---------------------------------------------------------------------------------
@@ -191,9 +202,20 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
     def _decode_alone(self, static: StaticDecoder, part: SequenceStep) -> Logits | None:
         cache = self._sequences[part.sequence]
         cache.begin(1)
-        found = static.decode(cache, part.tokens[0])
+        try:
+            found = static.decode(cache, part.tokens[0])
+        except Exception as error:  # no memory for a graph, no compiler …: it goes on without
+            self._static = None
+            static.give_up()
+            first = (str(error).splitlines() or [""])[0][:200]
+            self._warn(f"decoding is not recorded as a CUDA graph ({type(error).__name__}: {first})")
+            return self._rows_of(self._run([part]), [part])
         rows: Logits | None = None if part.logits == "none" else found.cpu().numpy()
         return rows
+
+    def _warn(self, warning: str) -> None:
+        log.warning(warning)
+        self._facts = replace(self._facts, warnings=(*self._facts.warnings, warning))
 
     def _run(self, parts: Sequence[SequenceStep]) -> Tensor:
         """Hidden states after the last norm of all rows. Nothing counts yet."""
@@ -270,7 +292,21 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
 
     def layers(self) -> LayerAccess:
         self._check_open()
-        return LayerAccess(self._decoder, self._device, self._dtype, self._facts.context)
+        context = self._facts.context
+        return LayerAccess(self._decoder, self._device, self._dtype, context, self._replaced)
+
+    def _replaced(self, matrix: str) -> None:
+        """It is another model from now on: its snapshots are not those of before."""
+        self._identity["replaced"] = f"{self._identity.get('replaced', '')};{matrix}"
+        self._snapshots = self._snapshot_format()
+        if self._static is not None:
+            self._static.forget()
+
+    def _snapshot_format(self) -> SnapshotFormat:
+        weighs = self._settings.heavy_hitters
+        return SnapshotFormat(
+            self._identity, self._decoder.shape, self._kinds, self._device, weighs=weighs
+        )
 
     # -- sequences -------------------------------------------------------------------------------
 
@@ -281,15 +317,17 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
     def _evict(self, cache: SequenceCache, start: int, stop: int) -> None:
         cache.evict(start, stop, self._turn)
 
-    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> None:
+    def evict_lightest(self, sequence: int, start: int, stop: int, keep: int) -> bytes:
         self._check_range(sequence, start, stop)
         if not self._facts.can.heavy_hitters:
             raise NotImplementedError("loaded without heavy_hitters")
         if not 0 <= keep <= stop - start:
             raise ValueError(f"{keep} of {stop - start} positions cannot be kept")
+        if keep == stop - start:
+            return b""
         self._rows = None
         with self._mapped("an eviction"):
-            self._sequences[sequence].keep_heaviest(start, stop, keep, self._turn)
+            return self._sequences[sequence].keep_heaviest(start, stop, keep, self._turn)
 
     def _turn(self, layer: int, keys: Tensor, by: Tensor) -> Tensor:
         return self._decoder.rotary(layer).turn_back(keys, by)
@@ -311,6 +349,8 @@ class TorchRuntime(PrivateRuntime[SequenceCache]):
 
 
 def _compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    # A step is compiled for each span, and there may be more of those than torch expects of a function.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SPANS)
     found: Callable[[], Tensor] = torch.compile(step, fullgraph=True, dynamic=False)
     return found
 

@@ -11,29 +11,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgeinfer_backends.torch.decoder import Decoder, attention_weights, weigh
 from edgeinfer_backends.torch.kv_cache import Rows, SequenceCache
-from edgeinfer_backends.torch.kv_types import is_plain
-from edgeinfer_backends.torch.number_types import Held
 from edgeinfer_models.families.shape import DecoderShape
 
 _LEAST_SPAN = 256
+MOST_SPANS = 64  # more than there are powers of two
 _WARM_UPS = 3  # what libraries allocate or choose at their first calls must not be in the graph
-
-
-def obstacle(shape: DecoderShape, kinds: tuple[str, str], held: Held, *, weighs: bool) -> str:
-    """Why this model's steps cannot be recorded; "": they can."""
-    if shape.experts is not None:
-        return "which experts are computed is known only when a step has begun"
-    if held == "int8":
-        return "which columns are outliers is known only when a step has begun"
-    if not (is_plain(kinds[0]) and is_plain(kinds[1])):
-        return "its KV cache is quantized"
-    return "attention is counted" if weighs else ""
 
 
 class StaticAttention:
@@ -83,6 +72,7 @@ class StaticDecoder:
         self._owner: weakref.ref[SequenceCache] | None = None
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._pool: Any = None
         self._steps: dict[int, Callable[[], Tensor]] = {}  # by span
 
     def decode(self, cache: SequenceCache, token: int) -> Tensor:
@@ -96,12 +86,20 @@ class StaticDecoder:
             self._steps[span] = self._made(span)
         return self._steps[span]()
 
+    def forget(self) -> None:
+        """What was recorded: a weight is another one."""
+        self._steps.clear()
+
+    def give_up(self) -> None:
+        """Leave the sequence that is here whole."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None and owner.layers is self._layers:
+            owner.move_out()
+
     def _adopt(self, cache: SequenceCache) -> None:
         if cache.layers is self._layers:
             return
-        before = self._owner() if self._owner is not None else None
-        if before is not None and before.layers is self._layers:
-            before.move_out()
+        self.give_up()
         cache.move_into(self._layers, self._context)
         self._owner = weakref.ref(cache)
 
@@ -113,10 +111,15 @@ class StaticDecoder:
             return self._decoder.logits(hidden)
 
         made = step if self._compiler is None else self._compiler(step)
-        return _recorded(made) if self._records else made
+        if not self._records:
+            return made
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return _recorded(made, self._pool)
 
 
-def _recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _recorded(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
+    """pool: memory that the graphs share, as no two of them run at once."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -124,7 +127,7 @@ def _recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         found = step()
 
     def replay() -> Tensor:

@@ -22,6 +22,7 @@ FromHf = Callable[[DecoderShape, HfValues], DecoderShape]
 ToHf = Callable[[DecoderShape], dict[str, Any]]
 FromGguf = Callable[[DecoderShape, "GgufHeader"], DecoderShape]
 ToGguf = Callable[[DecoderShape], dict[str, Any]]
+MOST_EXPERTS = 4096  # eight times as many as any published model has
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -101,6 +102,8 @@ def checked(shape: DecoderShape, where: str) -> DecoderShape:
     if any(shape.sliding) and shape.window < 1:
         raise invalid("layers with a sliding window, and no size of it")
     experts = shape.experts
+    if experts is not None and experts.count > MOST_EXPERTS:
+        raise invalid(f"{experts.count:,} experts")
     if experts is not None and not 1 <= experts.used <= experts.count:
         raise invalid(f"{experts.used} of {experts.count} experts are used")
     return shape

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.errors import UnsupportedModel
+from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
 from edgeinfer_models.families.shape import Rope, RopeScaling
 from edgeinfer_models.families.values import HfValues, gguf_float
 
@@ -58,6 +58,11 @@ def longrope_attention_factor(context: int, original: int) -> float:
     return math.sqrt(1.0 + math.log(context / original) / math.log(original))
 
 
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """Of queries and keys. Source: Peng et al. 2023, arXiv:2309.00071."""
+    return 1.0 + 0.1 * weight * math.log(factor) if factor > 1.0 else 1.0
+
+
 # -- config.json -----------------------------------------------------------------------------------
 
 
@@ -97,13 +102,16 @@ def _scaling_from_hf(given: HfValues, values: HfValues, dim: int) -> RopeScaling
             high_freq_factor=given.number("high_freq_factor", 4.0),
         )
     if kind == "yarn":
+        if not given.flag("truncate", True):
+            raise UnsupportedModel("YaRN without rounded ends of its ramp ('truncate') is not supported")
+        factor = _factor(given)
         return RopeScaling(
             "yarn",
-            _factor(given),
+            factor,
             original,
             beta_fast=given.number("beta_fast", 32.0),
             beta_slow=given.number("beta_slow", 1.0),
-            attention_factor=given.number("attention_factor", 0.0),
+            attention_factor=_yarn_attention_factor(given, factor),
         )
     if kind in ("longrope", "su"):
         return RopeScaling(
@@ -115,6 +123,14 @@ def _scaling_from_hf(given: HfValues, values: HfValues, dim: int) -> RopeScaling
             short_factors=_factors(given, "short_factor", dim),
         )
     raise UnsupportedModel(f"RoPE scaling of the type '{kind[:40]}' is not supported")
+
+
+def _yarn_attention_factor(given: HfValues, factor: float) -> float:
+    """0: what the method says."""
+    whole, parts = given.switch("mscale", 0.0), given.switch("mscale_all_dim", 0.0)
+    if given.has("attention_factor") or not (whole and parts):
+        return given.switch("attention_factor", 0.0)
+    return yarn_attention_factor(factor, whole) / yarn_attention_factor(factor, parts)
 
 
 def _factor(given: HfValues) -> float:
@@ -176,7 +192,9 @@ def rope_to_gguf(rope: Rope, context: int) -> tuple[dict[str, Any], dict[str, Se
         values["rope.scaling.yarn_beta_fast"] = scaling.beta_fast
         values["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
         if scaling.attention_factor:
-            values["rope.scaling.yarn_attn_factor"] = scaling.attention_factor
+            # llama.cpp multiplies this by the method's own.
+            own = yarn_attention_factor(scaling.factor)
+            values["rope.scaling.attn_factor"] = scaling.attention_factor / own
     if scaling.kind == "longrope":
         values["rope.scaling.attn_factor"] = scaling.attention_factor or longrope_attention_factor(
             context, scaling.original_context
@@ -190,6 +208,8 @@ def rope_from_gguf(header: GgufHeader, dim: int, factors: Mapping[str, Sequence[
     """factors: the tensors that `rope_to_gguf` names, as far as the file has them. Raises
     UnsupportedModel for factors nobody published a scaling for."""
     base = gguf_float(header, "{arch}.rope.freq_base", DEFAULT_BASE)
+    if base <= 1.0:
+        raise ModelFileInvalid(f"{header.path.name}: 'rope.freq_base' is {base}; download it again")
     rope = Rope(base, header.get_int("{arch}.rope.dimension_count", dim))
     original = header.get_int("{arch}.rope.scaling.original_context_length")
     kind = header.get_str("{arch}.rope.scaling.type", "none")
@@ -197,6 +217,11 @@ def rope_from_gguf(header: GgufHeader, dim: int, factors: Mapping[str, Sequence[
     if "rope_freqs.weight" in factors:
         return _named_llama3(rope, factors["rope_freqs.weight"], header.path.name)
     if "rope_factors_long.weight" in factors:
+        if "rope_factors_short.weight" not in factors:
+            raise ModelFileInvalid(
+                f"{header.path.name}: has 'rope_factors_long.weight' and no short ones; download it"
+                " again"
+            )
         scaling = RopeScaling(
             "longrope",
             original_context=original,
@@ -214,7 +239,8 @@ def rope_from_gguf(header: GgufHeader, dim: int, factors: Mapping[str, Sequence[
             original,
             beta_fast=gguf_float(header, "{arch}.rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=gguf_float(header, "{arch}.rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=gguf_float(header, "{arch}.rope.scaling.yarn_attn_factor", 0.0),
+            attention_factor=gguf_float(header, "{arch}.rope.scaling.attn_factor", 0.0)
+            * yarn_attention_factor(factor),
         )
         return replace(rope, scaling=scaling)
     return rope
