@@ -36,7 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def rounding(factory: RuntimeFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `is_same` allows: nothing, but for a runtime that says it is not exact."""
+    """What `is_alike` allows: nothing, but for a runtime that says it is not exact."""
     monkeypatch.setattr(driving, "rounding", factory.rounding)
 
 

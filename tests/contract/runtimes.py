@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from edgeinfer.backend import Backend, MemoryItem, RuntimeSettings
+from edgeinfer.backend import Backend, LoadAs, MemoryItem, RuntimeSettings
 from edgeinfer.errors import BackendUnavailable
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
@@ -23,7 +23,8 @@ SETTINGS = RuntimeSettings(
 )
 
 
-_TORCH_ROUNDING = 1e-2
+# Of logits with a standard deviation of 2.4; with 8 bits a number may fall to the other side.
+_F16_ROUNDING, _INT8_ROUNDING, _FP8_ROUNDING, _BF16_ROUNDING = 1e-3, 0.02, 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RuntimeFactory:
     kv_type: str = "f16"
     rounding: float = 0.0  # of logits, where `facts.exact` is False
     heavy_hitters: bool = False
+    load_as: LoadAs = "auto"
     gpu_layers: int = 0
 
     @property
@@ -48,6 +50,7 @@ class RuntimeFactory:
             kv_type_k=self.kv_type,
             kv_type_v=self.kv_type,
             heavy_hitters=self.heavy_hitters,
+            load_as=self.load_as,
             gpu_layers=self.gpu_layers,
         )
 
@@ -137,7 +140,7 @@ def _torch(model_type: ModelType, kv_type: str = "f16") -> RuntimeFactory:
         lambda: get_backend("torch"),
         lambda folder: _tiny_folder(folder, model_type),
         kv_type=kv_type,
-        rounding=_TORCH_ROUNDING,
+        rounding=_F16_ROUNDING,
     )
 
 
@@ -157,14 +160,14 @@ RUNTIMES = (
     _llamacpp("llamacpp-private-q8_0", "private", "q8_0"),
     _mlx("llama"),
     _mlx("qwen3"),
-    _torch("llama"),
-    replace(_torch("qwen3", "int8"), heavy_hitters=True),
+    replace(_torch("llama"), name="torch-bf16", load_as="bf16", rounding=_BF16_ROUNDING),
+    replace(_torch("qwen3", "int8"), heavy_hitters=True, rounding=_INT8_ROUNDING),
     RuntimeFactory(
         "torch-gguf",
         lambda: get_backend("torch"),
         _converted_gguf,
         kv_type="fp8",
-        rounding=_TORCH_ROUNDING,
+        rounding=_FP8_ROUNDING,
     ),
     replace(_torch("llama"), name="torch-cuda", find_backend=_cuda, gpu_layers=-1),
 )
