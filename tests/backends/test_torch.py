@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,6 @@ def test_the_memory_of_smaller_weights_is_predicted(load: Load, folder: Path, lo
 def planted(folder: Path, path: Path, factor: float = 60.0) -> Path:
     """The same function with a few hidden channels of each layer that are `factor` times larger where
     matrices take them in: their norms' weights are, and the matrices' columns are that much smaller."""
-    import json
 
     from safetensors.numpy import load_file, save_file
 
@@ -169,15 +169,15 @@ def planted(folder: Path, path: Path, factor: float = 60.0) -> Path:
 def test_outlier_columns_save_what_plain_int8_loses(load: Load, folder: Path, tmp_path: Path) -> None:
     """LLM.int8 (arXiv:2208.07339), on a model with planted outlier channels."""
     from edgeinfer_backends.torch.quantized import Int8Linear
+    from edgeinfer_backends.torch.weights import replace_module
 
     path, tokens = planted(folder, tmp_path / "planted"), tokens_of(60)
-    reference, with_columns, plain = load(path), load(path, load_as="int8"), load(path, load_as="int8")
+    reference, with_columns, plain = load(path), load(path, load_as="int8"), load(path)
     count = 0
-    for module in plain._decoder.modules():  # type: ignore[attr-defined]
-        if isinstance(module, Int8Linear):
-            module.weight.copy_((module.dequantized() / module.scales[:, None]).round())
-            module.kept, module.kept_weight = module.kept[:0], module.kept_weight[:, :0]
-            module._outlier = float("inf")
+    decoder = plain._decoder  # type: ignore[attr-defined]
+    for place, module in list(decoder.named_modules()):
+        if isinstance(module, torch.nn.Linear) and place.startswith("layers."):
+            replace_module(decoder, place, Int8Linear(module, float("inf"), keeps=False))
             count += 1
     assert count == 2 * 7
     expected = read(reference, reference.open(), tokens)
@@ -818,3 +818,69 @@ def test_without_a_package_the_probe_says_what_to_install(
     found = get_backend("torch").probe()
     assert not found.usable
     assert found.reason == f"{missing} is not installed; run `pip install edgeinfer[torch]`"
+
+
+def packed_folder(path: Path, bits: int = 4) -> Path:
+    """The tiny folder's layers as GPTQ packs them (every code 0), one matrix of them all."""
+    write_tiny_folder(path)
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, width = tensors.pop(name).shape
+        stem = name.removesuffix(".weight")
+        tensors[f"{stem}.qweight"] = np.zeros((width * bits // 32, rows), np.int32)
+        tensors[f"{stem}.qzeros"] = np.zeros((width // 16, rows * bits // 32), np.int32)
+        tensors[f"{stem}.scales"] = np.ones((width // 16, rows), np.float16)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": 16}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["packed", "tied", "tied int8"])
+def test_weights_are_predicted_as_they_will_be_held(tmp_path: Path, kind: str) -> None:
+    if kind == "packed":
+        path = packed_folder(tmp_path / "tiny")
+    else:
+        path = write_tiny_folder(tmp_path / "tiny", model_type="qwen3")
+    settings = replace(SETTINGS, load_as="int8" if "int8" in kind else "f32")
+    files = ModelFiles("tiny", (path / "model.safetensors",), "safetensors")
+    config = resolve_model(str(path)).config
+    predicted = get_backend("torch").predict_memory(files, config, settings)
+    runtime = get_backend("torch").load(files, settings, lambda _: True)
+    real = [item.num_bytes for item in runtime.memory() if item.name == "weights"]
+    runtime.close()
+    assert [i.num_bytes for i in predicted if i.name == "weights"] == pytest.approx(real, rel=0.1)
+    if kind == "packed":
+        assert config.quantization == "GPTQ"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "drop", "said"),
+    [
+        ({"llama.rope.freq_base": 0.0}, "", "'rope.freq_base' is 0.0"),
+        ({}, "rope_factors_short.weight", "no short ones"),
+    ],
+)
+def test_rope_of_a_gguf_that_cannot_be_is_one_line(
+    tmp_path: Path, metadata: dict[str, float], drop: str, said: str
+) -> None:
+    from edgeinfer.errors import ModelFileInvalid
+    from edgeinfer_models.families.rope import rope_from_gguf
+    from edgeinfer_models.gguf_header import read_gguf_header
+    from tests.fixtures_gguf import write_tiny_gguf
+
+    header = read_gguf_header(write_tiny_gguf(tmp_path / "tiny.gguf", metadata=metadata))
+    factors = {"rope_factors_long.weight": [1.0] * 8} if drop else {}
+    with pytest.raises(ModelFileInvalid, match=said):
+        rope_from_gguf(header, 16, factors)
+
+
+def test_more_experts_than_any_model_has_are_refused_before_they_are_named() -> None:
+    from edgeinfer.errors import ModelFileInvalid
+    from tests.fixtures_families import shape_of
+
+    with pytest.raises(ModelFileInvalid, match="2,000,000,000 experts"):
+        shape_of({**full(CONFIGS["qwen3_moe"]), "num_experts": 2_000_000_000})

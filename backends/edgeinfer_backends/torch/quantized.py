@@ -41,7 +41,9 @@ class Int8Linear(nn.Module):
     `_MOST_ERROR` of themselves are kept as they are (few, or the matrix is not one for 8 bits).
     """
 
-    def __init__(self, linear: nn.Linear, outlier: float = OUTLIER) -> None:
+    def __init__(self, linear: nn.Linear, outlier: float = OUTLIER, *, keeps: bool = True) -> None:
+        """keeps: columns that rounding would lose; without, and with an infinite `outlier`, this is
+        plain INT8."""
         super().__init__()
         wide = linear.weight.detach().float()
         scales = wide.abs().amax(dim=1).clamp_min(1e-12) / 127.0
@@ -49,7 +51,7 @@ class Int8Linear(nn.Module):
         off = (rounded * scales.unsqueeze(1) - wide).norm(dim=0) / wide.norm(dim=0).clamp_min(1e-12)
         most = min(max(wide.shape[1] // _KEPT_SHARE, 8), wide.shape[1])
         worst = off.topk(most).indices.sort().values
-        kept = worst[off[worst] > _MOST_ERROR]
+        kept = worst[off[worst] > (_MOST_ERROR if keeps else float("inf"))]
         rounded[:, kept] = 0.0
         self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scales", scales)
