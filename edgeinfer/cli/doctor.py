@@ -23,6 +23,7 @@ def doctor(json_output: options.JsonOutput = False, debug: options.Debug = False
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as JSON values. Never raises for a backend that is broken."""
     from edgeinfer import __version__
+    from edgeinfer.backend_choice import AUTOMATIC
     from edgeinfer.config import ConfigInvalid, config_path, read_config
     from edgeinfer.errors import EdgeInferError
     from edgeinfer.machine.gpus import find_gpus, gpu_finding, missing_gpus
@@ -70,6 +71,7 @@ def examine() -> dict[str, Any]:
     in_use = tuple(
         device["name"]
         for backend in backends
+        if backend["name"] in AUTOMATIC  # another may use it, but nobody's model gets there unasked
         for device in backend.get("devices", ())
         if device["kind"] == "gpu"
     )

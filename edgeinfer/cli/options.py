@@ -292,7 +292,7 @@ EvalSettings = Annotated[
     _option(
         "settings",
         "What to measure side by side: KV types for kv, like q8_0,q8_0/q4_0; with window and sinks for"
-        " the others, like f16:512:4,q8_0:512:4.",
+        " the others, like f16:512:4,q8_0:512:4; with :h2o behind them, as --eviction h2o.",
         "LIST",
         _MEASURE,
     ),

@@ -164,11 +164,21 @@ def test_a_build_is_shown_by_what_it_has() -> None:
 def test_a_card_that_the_build_cannot_use_is_a_finding_of_doctor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from edgeinfer.backend import Device, Probe
     from edgeinfer.cli.doctor import examine, render
     from edgeinfer.machine import gpus
+    from edgeinfer_backends.torch import TorchBackend
 
     monkeypatch.setattr(gpus, "find_gpus", lambda: (gpus.Gpu("NVIDIA H200", "cuda", True),))
+    # That torch could use it helps nobody who did not ask for torch.
+    card = Device("NVIDIA H200", "gpu", 2**37, 2**37)
+    monkeypatch.setattr(TorchBackend, "probe", lambda _: Probe(True, version="2", devices=(card,)))
     findings = examine()
     assert findings["machine"]["gpus"] == ["NVIDIA H200"]
-    has_gpu = any(d["kind"] == "gpu" for b in findings["backends"] for d in b.get("devices", ()))
+    has_gpu = any(
+        device["kind"] == "gpu"
+        for backend in findings["backends"]
+        if backend["name"] != "torch"
+        for device in backend.get("devices", ())
+    )
     assert has_gpu or "make setup ACCEL=cuda" in render(findings)
