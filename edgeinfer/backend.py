@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Logits = npt.NDArray[np.float32]
     Floats = npt.NDArray[np.float32]
+    Blocks = npt.NDArray[np.uint8]
 
 BLOCK_TOKENS = 256  # positions in one snapshot block
 
@@ -98,7 +99,6 @@ class Capabilities:
     threads: bool = True  # `set_threads` changes how many threads compute
     draft: bool = False  # early-exit or other drafting inside the runtime
     layers: bool = False  # run, capture, replace, differentiate one layer
-    quantize_rows: bool = False
     heavy_hitters: bool = False  # `evict_lightest`
 
 
@@ -199,6 +199,18 @@ class Sampler(Protocol):
 
     def accept(self, token: int) -> None:
         """Count a token that was not drawn by this sampler (a prompt's) into its history."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RowQuantizer(Protocol):
+    """Rows as blocks of a format's types (ggml's). Thread-safe."""
+
+    def quantize(self, type_name: str, rows: Floats, importance: Floats | None = None) -> Blocks:
+        """rows: (n, width), finite. importance: of each column, (width,), at least 0; None: all alike.
+        Returns (n, bytes of a row). Raises ValueError for a type that there is not, and for rows that
+        are not whole blocks of it."""
         ...
 
     def close(self) -> None: ...
@@ -461,6 +473,11 @@ class Backend(ABC):
         nothing is loaded. None where it cannot be, or where the type has a drawback here that is no
         matter of speed (it cannot be evicted from, say)."""
         return None
+
+    def row_quantizer(self, threads: int = 0) -> RowQuantizer:
+        """threads: 0: one for each core. Raises BackendUnavailable, and NotImplementedError where the
+        backend has no such types."""
+        raise NotImplementedError
 
     def switches(self) -> Mapping[str, str]:
         """Those of the environment that change what a KV cache holds: what was found with others does

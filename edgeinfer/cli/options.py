@@ -315,7 +315,15 @@ Output = Annotated[
         "output", "Where the result goes. Default: beside the model, NAME-TYPE.", "PATH", _WEIGHTS, "-o"
     ),
 ]
-WeightType = Annotated[str, _option("type", "Of the weights: f16, bf16 or f32.", "TYPE", _WEIGHTS)]
+WeightType = Annotated[
+    str,
+    _option(
+        "type",
+        "Of the weights: f16, bf16, f32, or one of ggml's, like q4_0, q4_k_m, q8_0.",
+        "TYPE",
+        _WEIGHTS,
+    ),
+]
 To = Annotated[
     str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
 ]

@@ -28,7 +28,14 @@ def quantize(
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Convert a model's weights: safetensors to GGUF, or a GGUF file to a Hugging Face folder."""
+    """Write a model's weights in fewer bits, or in another form: safetensors to GGUF and back."""
+    from edgeinfer.quantize.quantization import TYPES
+
+    if type_name in TYPES:
+        if to != "gguf":
+            raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")
+        _quantize(model, output, type_name, force=force, quiet=quiet, json_output=json_output)
+        return
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
     from edgeinfer.quantize.conversion import CONTAINERS, convert, plan_conversion
@@ -60,6 +67,44 @@ def quantize(
         )
         return
     emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype.lower()}\n")
+
+
+def _quantize(
+    model: str, output: str | None, type_name: str, *, force: bool, quiet: bool, json_output: bool
+) -> None:
+    from edgeinfer.cli.output import StatusLine, emit, emit_json
+    from edgeinfer.machine.ledger import shown_bytes
+    from edgeinfer.quantize.quantization import opened, plan_quantization, quantize
+
+    path = _found(model)
+    out = None if output is None else Path(output).expanduser()
+    plan = plan_quantization(opened(path), path, type_name, out, force=force)
+    status = StatusLine(enabled=not quiet)
+    try:
+        quantize(plan, lambda done: status.show(f"writing {plan.out.name} … {done:.0%}"))
+    finally:
+        status.close()
+    for note in plan.notes:
+        typer.echo(f"edgeinfer: {note}", err=True)
+    shares = plan.bytes_by_type()
+    if json_output:
+        emit_json(
+            {
+                "output": str(plan.out),
+                "type": type_name,
+                "method": "rtn",
+                "bytes": plan.num_bytes,
+                "bits_per_weight": plan.bits_per_weight,
+                "bytes_by_type": shares,
+                "notes": list(plan.notes),
+            }
+        )
+        return
+    told = ", ".join(f"{shown_bytes(size)} in {name}" for name, size in shares.items())
+    emit(
+        f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each"
+        f" ({told})\n"
+    )
 
 
 def _found(spec: str) -> Path:

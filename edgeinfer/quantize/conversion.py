@@ -19,8 +19,10 @@ from edgeinfer_models.conversion.conversion import (
     prepare_conversion,
 )
 from edgeinfer_models.conversion.model import SourceModel
+from edgeinfer_models.conversion.presets import PRESETS
 
 DTYPES = ("f16", "bf16", "f32")
+TYPES = tuple(name.lower() for name in PRESETS)
 
 
 def plan_conversion(
@@ -30,7 +32,8 @@ def plan_conversion(
     which the result lies unless `out` says where. Raises UsageError, UnsupportedModel,
     ModelFileInvalid."""
     if dtype not in DTYPES:
-        raise UsageError(f"--type {dtype[:40]!r} is not one of {', '.join(DTYPES)} (others come later)")
+        known = ", ".join((*DTYPES, *TYPES))
+        raise UsageError(f"--type {dtype[:40]!r} is not one of {known}")
     if to == "gguf" and model.form == "gguf":
         raise UsageError("the model is a GGUF file already; --to safetensors makes a folder of it")
     if to == "safetensors" and model.form == "safetensors":

@@ -113,3 +113,27 @@ def test_a_folder_of_pickles_says_that_they_are_never_read(
     done = console(command, folder, *(["hi"] if command == "run" else []))
     assert done.code == 1
     assert "a Python pickle (pytorch_model.bin), which can run code and is never read" in done.error_line
+
+
+@pytest.mark.parametrize("type_name", ["q4_0", "q4_k_m", "q8_0"])
+def test_a_folder_becomes_a_small_gguf_file_that_answers(
+    console: Console, folder: Path, type_name: str
+) -> None:
+    done = console("quantize", folder, "--type", type_name, "--json")
+    assert done.code == 0
+    out = Path(done.json["output"])
+    assert out.name == f"{folder.name}-{type_name}.gguf"
+    assert done.json["bits_per_weight"] < 12 and done.json["method"] == "rtn"
+    assert sum(done.json["bytes_by_type"].values()) == done.json["bytes"]
+    answered = console("run", "--temp", "0", "--max-tokens", "4", "--ctx", "128", out, "hello")
+    assert answered.code == 0
+    again = console("quantize", folder, "--type", type_name)
+    assert (again.code, "--force" in again.err) == (2, True)
+
+
+def test_a_type_that_there_is_not_names_those_there_are(console: Console, folder: Path) -> None:
+    done = console("quantize", folder, "--type", "q4_k")
+    assert done.code in (1, 2)
+    assert "q4_k_m" in done.error_line
+    packed = console("quantize", folder, "--type", "q4_0", "--to", "safetensors")
+    assert "--type q4_0 is a type of GGUF files" in packed.error_line

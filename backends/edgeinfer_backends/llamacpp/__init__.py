@@ -14,6 +14,7 @@ from edgeinfer.backend import (
     MemoryItem,
     Probe,
     Progress,
+    RowQuantizer,
     Runtime,
     RuntimeSettings,
 )
@@ -45,6 +46,11 @@ class LlamaCppBackend(Backend):
             )
         except (BackendUnavailable, OSError) as error:
             return Probe(False, str(error), version=library.version())
+
+    def row_quantizer(self, threads: int = 0) -> RowQuantizer:
+        from edgeinfer_backends.llamacpp.row_quantizer import GgmlRows
+
+        return GgmlRows(threads)
 
     def predict_memory(
         self,

@@ -165,7 +165,6 @@ class LlamaCppRuntime(Runtime):
                 token_masks=True,
                 embeddings=True,
                 abort=True,
-                quantize_rows=True,
             ),
             reads_slowly=reads_slowly,
             warnings=tuple(warnings),

@@ -123,7 +123,7 @@ class SafetensorsSource:
         path, tensor = self._find(name)
         found = _read(path, HELD_AS[tensor.dtype], tensor.start, tensor.shape, start, stop)
         values = to_float32(found, tensor.dtype)
-        _require_finite(values, path.name, tensor.name, start, tensor.shape)
+        require_finite(values, path.name, tensor.name, start, tensor.shape)
         if tensor.dtype in _PLAIN_GGUF:
             return found
         if not tensor.dtype.startswith("F8"):
@@ -142,7 +142,7 @@ class SafetensorsSource:
 
         assert self._packing is not None
         found = unpacked_rows(self._packing, part, start, stop, stem)
-        _require_finite(found, self._name, f"{stem}.scales", start, self._packed[f"{stem}.weight"])
+        require_finite(found, self._name, f"{stem}.scales", start, self._packed[f"{stem}.weight"])
         return found
 
     def _find(self, name: str) -> tuple[Path, SafetensorsTensor]:
@@ -166,7 +166,7 @@ class SafetensorsSource:
         shape = scale.shape or (1,)
         stored = _read(path, HELD_AS[scale.dtype], scale.start, shape, 0, shape[0])
         values = to_float32(stored, scale.dtype)
-        _require_finite(values, path.name, scale.name, 0, scale.shape)
+        require_finite(values, path.name, scale.name, 0, scale.shape)
         if values.size == 1:
             return values.reshape(())
         num_rows, width = tensor.shape
@@ -194,7 +194,7 @@ class GgufSource:
         for rule in rules:
             for index, name in enumerate(rule.hf):
                 self._rules[name] = (rule, index)
-        self._places = _places(header)
+        self._places = places_of(header)
 
     @property
     def names(self) -> Sequence[str]:
@@ -213,9 +213,9 @@ class GgufSource:
             start, stop = 0, tensor.elements
         first = index * rule.shape[0] if rule.is_stack else 0
         width = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        found = _gguf_rows(path, offset, tensor, first + start, first + stop, width)
+        found = gguf_rows(path, offset, tensor, first + start, first + stop, width)
         values = to_float32(found, tensor.type_name if tensor.type_name in _PLAIN_GGUF else "F32")
-        _require_finite(values, path.name, tensor.name, first + start, tuple(reversed(tensor.shape)))
+        require_finite(values, path.name, tensor.name, first + start, tuple(reversed(tensor.shape)))
         if len(rule.shape) == 1:
             found = found.reshape(-1)
         elif rule.change == "flatten":
@@ -237,7 +237,7 @@ class GgufSource:
         return rule, index, tensor
 
 
-def _places(header: GgufHeader) -> Mapping[str, tuple[Path, int]]:
+def places_of(header: GgufHeader) -> Mapping[str, tuple[Path, int]]:
     """Of each tensor its file and where its data begin there."""
     from edgeinfer_models.gguf_header import read_gguf_header
 
@@ -249,7 +249,7 @@ def _places(header: GgufHeader) -> Mapping[str, tuple[Path, int]]:
     return found
 
 
-def _gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: int, width: int) -> Array:
+def gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: int, width: int) -> Array:
     """Rows of a tensor seen as a matrix; a vector is one of rows of one."""
     if tensor.type_name in _PLAIN_GGUF:
         rows = tensor.elements // width
@@ -286,9 +286,7 @@ def _read(path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: 
     return found.reshape(stop - start, *inner)
 
 
-def _require_finite(
-    values: Floats, file: str, name: str, first_row: int, shape: tuple[int, ...]
-) -> None:
+def require_finite(values: Floats, file: str, name: str, first_row: int, shape: tuple[int, ...]) -> None:
     bad = first_bad(values)
     if bad is None:
         return

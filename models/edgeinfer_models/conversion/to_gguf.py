@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,12 +17,15 @@ from edgeinfer_models.families.changes import to_gguf
 from edgeinfer_models.families.family import Factors, Family
 from edgeinfer_models.families.shape import DecoderShape
 from edgeinfer_models.families.tensors import TensorRule
+from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
+    # Rows of float32 as a type's blocks: (n, bytes of a row).
+    Encode = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.uint8]]
 
 ALIGNMENT = 32
 CHUNK_BYTES = 2**24  # of F32 numbers at a time
@@ -33,12 +36,20 @@ Progress = Callable[[float], None]
 @dataclass(frozen=True)
 class GgufPlan:
     """What is to be written. dtype: of the matrices, F32, F16 or BF16; vectors are F32, as llama.cpp has
-    them. metadata: beside the architecture's, with their whole keys; an int becomes u32, a float f32."""
+    them. metadata: beside the architecture's, with their whole keys; an int becomes u32, a float f32.
+    types: of tensors that are to be quantized, by their GGUF names, with what makes rows into their
+    blocks and the file's type (llama_ftype)."""
 
     family: Family
     shape: DecoderShape
     dtype: str
     metadata: Mapping[str, Any]
+    types: Mapping[str, str | None] = field(default_factory=dict)
+    encode: Encode | None = None
+    file_type: int | None = None
+
+    def type_of(self, rule: TensorRule) -> str:
+        return self.types.get(rule.gguf) or dtype_of(rule, self.dtype)
 
 
 def write_gguf(
@@ -55,7 +66,7 @@ def write_gguf(
     check_tensors(source, rules)
     architecture, factors = plan.family.shape_to_gguf(plan.shape)
     head = _head(plan, architecture, rules, factors)
-    total = sum(rule_bytes(rule, plan.dtype) for rule in rules)
+    total = sum(tensor_bytes(rule, plan.type_of(rule)) for rule in rules)
     done = 0
 
     def told(parts: Iterator[Array]) -> Iterator[Array]:
@@ -70,9 +81,9 @@ def write_gguf(
         for values in factors.values():
             _write_padded(new.file, [recast_factors(values)])
         for rule in rules:
-            parts = _converted(source, rule, dtype_of(rule, plan.dtype))
+            parts = _converted(source, rule, plan.type_of(rule), plan.encode)
             written = _write_padded(new.file, told(parts))
-            assert written == rule_bytes(rule, plan.dtype)
+            assert written == tensor_bytes(rule, plan.type_of(rule))
 
 
 def dtype_of(rule: TensorRule, dtype: str) -> str:
@@ -80,10 +91,14 @@ def dtype_of(rule: TensorRule, dtype: str) -> str:
 
 
 def rule_bytes(rule: TensorRule, dtype: str) -> int:
-    elements = 1
-    for size in rule.gguf_shape:
-        elements *= size
-    return elements * (4 if dtype_of(rule, dtype) == "F32" else 2)
+    return tensor_bytes(rule, dtype_of(rule, dtype))
+
+
+def tensor_bytes(rule: TensorRule, type_name: str) -> int:
+    rows = 1
+    for size in rule.gguf_shape[:-1]:
+        rows *= size
+    return rows * row_bytes(type_name, rule.gguf_shape[-1])
 
 
 def check_tensors(source: TensorSource, rules: Sequence[TensorRule]) -> None:
@@ -129,36 +144,43 @@ def _head(
     import gguf
     import numpy as np
 
-    kinds = {name: getattr(gguf.GGMLQuantizationType, name) for name in FILE_TYPES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head"
         writer = gguf.GGUFWriter(path, plan.family.arch)
         for key, value in {
             "general.type": "model",
-            "general.file_type": FILE_TYPES[plan.dtype],
+            "general.file_type": FILE_TYPES[plan.dtype] if plan.file_type is None else plan.file_type,
+            **({} if plan.file_type is None else {"general.quantization_version": 2}),
             **{f"{plan.family.arch}.{key}": value for key, value in architecture.items()},
             **plan.metadata,
         }.items():
             _add(writer, key, value)
         for name, values in factors.items():
             writer.add_tensor_info(
-                name, (len(values),), np.dtype(np.float32), 4 * len(values), kinds["F32"]
+                name, (len(values),), np.dtype(np.float32), 4 * len(values), _kind("F32")
             )
         for rule in rules:
-            dtype = dtype_of(rule, plan.dtype)
-            writer.add_tensor_info(
-                rule.gguf,
-                rule.gguf_shape,
-                np.dtype(HELD_AS[dtype]),
-                rule_bytes(rule, plan.dtype),
-                kinds[dtype],
-            )
+            type_name = plan.type_of(rule)
+            is_float = type_name in HELD_AS
+            # The library takes the shape of blocks in bytes.
+            shape = rule.gguf_shape
+            if not is_float:
+                shape = (*shape[:-1], row_bytes(type_name, shape[-1]))
+            held_as = np.dtype(HELD_AS[type_name]) if is_float else np.dtype(np.uint8)
+            size = tensor_bytes(rule, type_name)
+            writer.add_tensor_info(rule.gguf, shape, held_as, size, _kind(type_name))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
         head = path.read_bytes()
     return head + bytes(-len(head) % ALIGNMENT)
+
+
+def _kind(type_name: str) -> Any:
+    import gguf
+
+    return gguf.GGMLQuantizationType(GGML_TYPES_BY_NAME[type_name].id)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -174,7 +196,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
-def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[Array]:
+def _converted(
+    source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None
+) -> Iterator[Array]:
     """A tensor's data in GGUF's order, a few rows at a time."""
     for name in rule.hf:
         dtype = source.info(name).dtype
@@ -184,6 +208,10 @@ def _converted(source: TensorSource, rule: TensorRule, wanted: str) -> Iterator[
                 found, dtype = to_float32(found, dtype), "F32"
             heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
             changed = to_gguf(found, rule.change, heads)
+            if wanted not in HELD_AS:
+                assert encode is not None
+                yield encode(wanted, to_float32(changed, dtype))
+                continue
             if wanted == "F16" and dtype != "F16":
                 require_f16(to_float32(changed, dtype), name)
             yield recast(changed, dtype, wanted)

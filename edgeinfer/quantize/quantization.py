@@ -1,0 +1,187 @@
+"""A model's weights in fewer bits: what becomes of each tensor, and the doing of it.
+
+plan = plan_quantization(opened(path), path, "q4_0", out=None, force=False)
+quantize(plan, progress)
+
+So far every number is rounded by itself ("rtn"), in ggml's types, mixed as llama.cpp's presets are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeinfer.errors import UsageError
+from edgeinfer.quantize.conversion import TYPES
+from edgeinfer.registry import get_backend
+from edgeinfer_models.config import config_from_gguf
+from edgeinfer_models.conversion.conversion import lacking_room
+from edgeinfer_models.conversion.model import SourceModel, source_of_folder
+from edgeinfer_models.conversion.presets import MixtureFacts, choose_types, file_type
+from edgeinfer_models.conversion.rewritten import rewrite_gguf, written_bytes
+from edgeinfer_models.conversion.to_gguf import GgufPlan, check_tensors, tensor_bytes, write_gguf
+from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME
+from edgeinfer_models.gguf_header import GgufHeader
+from edgeinfer_models.gguf_model import read_gguf_model
+
+if TYPE_CHECKING:
+    from edgeinfer_models.conversion.to_gguf import Encode
+
+_OF_BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+Progress = Callable[[float], None]
+Source = SourceModel | GgufHeader
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """types: of each tensor in the file, by its GGUF name. num_bytes and elements: of all tensors."""
+
+    source: Source
+    preset: str
+    types: Mapping[str, str]
+    chosen: Mapping[str, str | None]  # as `types`, but None where a tensor stays as it is
+    out: Path
+    force: bool
+    num_bytes: int
+    elements: int
+    notes: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / self.elements
+
+    def bytes_by_type(self) -> Mapping[str, int]:
+        """The largest share first."""
+        found: Counter[str] = Counter()
+        for name, size in _sizes(self.source, self.chosen).items():
+            found[self.types[name]] += size
+        return dict(found.most_common())
+
+
+def opened(path: Path) -> Source:
+    """A Hugging Face folder, or any GGUF model. Raises ModelFileInvalid, UnsupportedModel,
+    ModelNotFound."""
+    return source_of_folder(path) if path.is_dir() else read_gguf_model(path)
+
+
+def plan_quantization(
+    source: Source, beside: Path, type_name: str, out: Path | None, *, force: bool
+) -> Quantization:
+    """Everything that can be found out before a byte is written. type_name: of TYPES. beside: the
+    model's own path. Raises UsageError, UnsupportedModel, ModelFileInvalid."""
+    preset = type_name.upper()
+    chosen = choose_types(preset, _shapes(source), _facts(source))
+    target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}-{type_name}.gguf"
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
+    num_bytes = sum(_sizes(source, chosen).values())
+    lacking = lacking_room(target.parent, num_bytes)
+    if lacking:
+        raise UsageError(f"{target}: {lacking}; free some, or give another -o")
+    types = {name: kind or _own_type(source, name) for name, kind in chosen.items()}
+    elements = sum(_product(shape) for shape in _shapes(source).values())
+    notes = _notes(source, preset, chosen)
+    return Quantization(source, preset, types, chosen, target, force, num_bytes, elements, notes)
+
+
+def quantize(plan: Quantization, progress: Progress = lambda _: None, threads: int = 0) -> None:
+    """Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there), BackendUnavailable,
+    OSError. Then nothing is left of it."""
+    rows = get_backend("llamacpp").row_quantizer(threads)
+    encode: Encode = rows.quantize
+    number = file_type(plan.preset)
+    source = plan.source
+    try:
+        if isinstance(source, GgufHeader):
+            rewrite_gguf(
+                plan.out, source, plan.chosen, number, encode, force=plan.force, progress=progress
+            )
+            return
+        parts = GgufPlan(
+            source.family,
+            source.shape,
+            "F32",
+            source.gguf_metadata(),
+            types=plan.chosen,
+            encode=encode,
+            file_type=number,
+        )
+        write_gguf(plan.out, source.source, parts, force=plan.force, progress=progress)
+    finally:
+        rows.close()
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Rows first, by GGUF name."""
+    if isinstance(source, GgufHeader):
+        return {tensor.name: tuple(reversed(tensor.shape)) for tensor in source.tensors}
+    rules = source.family.rules(source.shape)
+    check_tensors(source.source, rules)
+    return {rule.gguf: rule.gguf_shape for rule in rules}
+
+
+def _sizes(source: Source, chosen: Mapping[str, str | None]) -> dict[str, int]:
+    if isinstance(source, GgufHeader):
+        return {tensor.name: written_bytes(tensor, chosen[tensor.name]) for tensor in source.tensors}
+    rules = source.family.rules(source.shape)
+    return {rule.gguf: tensor_bytes(rule, chosen[rule.gguf] or "F32") for rule in rules}
+
+
+def _own_type(source: Source, name: str) -> str:
+    if not isinstance(source, GgufHeader):
+        return "F32"
+    tensor = source.tensor(name)
+    assert tensor is not None  # noqa: S101 (its name came from there)
+    return tensor.type_name
+
+
+def _facts(source: Source) -> MixtureFacts:
+    if isinstance(source, GgufHeader):
+        config = config_from_gguf(source)
+        kv_heads = config.num_kv_heads[0] if config.num_kv_heads else 0
+        shared = config.num_heads // kv_heads if kv_heads else 0
+        return MixtureFacts(source.architecture, config.num_layers, shared, config.num_experts)
+    shape = source.shape
+    experts = shape.experts.count if shape.experts else 0
+    shared = shape.num_heads // shape.num_kv_heads
+    return MixtureFacts(source.family.arch, shape.num_layers, shared, experts)
+
+
+def _notes(source: Source, preset: str, chosen: Mapping[str, str | None]) -> tuple[str, ...]:
+    found: list[str] = []
+    if isinstance(source, GgufHeader):
+        rounded = Counter(
+            tensor.type_name
+            for tensor in source.tensors
+            if GGML_TYPES_BY_NAME[tensor.type_name].block > 1 and chosen[tensor.name]
+        )
+        if rounded:
+            kinds = ", ".join(name for name, _ in rounded.most_common(3))
+            found.append(
+                f"its weights are quantized already ({kinds}): quantized again they lose more than the"
+                " original's would"
+            )
+    else:
+        source.family.shape_to_gguf(source.shape)  # says now what llama.cpp computes otherwise
+        found += source.notes()
+    shapes = _shapes(source)
+    odd = [name for name, kind in chosen.items() if kind and shapes[name][-1] % 256]
+    if odd and preset not in _OF_BLOCKS_OF_32:
+        found.append(
+            f"{len(odd)} tensors have rows that are no whole blocks of 256; they get a type of blocks of"
+            " 32 instead, as llama.cpp does it"
+        )
+    return tuple(found)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found
+
+
+__all__ = ["TYPES", "Quantization", "opened", "plan_quantization", "quantize"]
