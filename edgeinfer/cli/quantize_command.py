@@ -100,7 +100,9 @@ def _quantize(
             }
         )
         return
-    told = ", ".join(f"{shown_bytes(size)} in {name}" for name, size in shares.items())
+    told = ", ".join(
+        f"{shown_bytes(size)} in {name}" for name, size in shares.items() if 100 * size >= plan.num_bytes
+    )
     emit(
         f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each"
         f" ({told})\n"
