@@ -80,7 +80,7 @@ class RuntimeSettings:
     adapters: tuple[tuple[str, float], ...] = ()  # (path, scale); part of every identity
     kv_layout: Literal["auto", "shared", "private"] = "auto"  # where the backend has both
     load_as: LoadAs = "auto"  # in what weights are held and computed with, where a backend can choose
-    compiled: bool = False  # compile what a step computes, where a backend can: faster, after a wait
+    compiled: bool = False  # compile what a step computes, where a backend can
     # Count how much attention each position gets, for `evict_lightest`, where a backend can.
     heavy_hitters: bool = False
 

@@ -174,7 +174,7 @@ LoadAs = Annotated[
 ]
 Compile = Annotated[
     bool,
-    _switch("compile", "Compile the torch backend's step for an NVIDIA GPU: faster, after a wait."),
+    _switch("compile", "Compile the torch backend's step for an NVIDIA GPU (a wait at first)."),
 ]
 Overflow = Annotated[
     str,

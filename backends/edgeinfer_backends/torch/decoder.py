@@ -245,7 +245,7 @@ def attend(shape: DecoderShape, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | 
     if shape.attention_softcap:
         return weigh(shape, attention_weights(shape, q, k, seen), v)
     shared = shape.num_heads // shape.num_kv_heads
-    if q.is_cuda and seen is not None and shared > 1:  # its fused kernels have no mask for shared heads
+    if q.is_cuda and seen is not None and shared > 1:  # fused kernels may not take a mask and GQA
         k, v = (each.repeat_interleave(shared, dim=0) for each in (k, v))
         shared = 1
     found = functional.scaled_dot_product_attention(

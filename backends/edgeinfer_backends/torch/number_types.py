@@ -63,7 +63,7 @@ def _note(computed: str, stored: str) -> str:
 @cache
 def processor_is_fast_at_bf16() -> bool:
     """Whether this processor multiplies matrices of bf16 in instructions of its own: without, torch's
-    are slower than those of f32 (with AMX, 512 rows on a matrix of a 1B shape: 3 to 6 times faster)."""
+    are slower than those of f32 (with AMX, 512 rows on a matrix of a 1B shape: 3 to 7 times faster)."""
     if platform.system() == "Darwin":
         return False  # not measured
     try:
