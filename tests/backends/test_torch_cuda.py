@@ -1,5 +1,5 @@
-"""Every family on an NVIDIA GPU: the logits that the processor computes, read as a prompt and decoded step
-by step (eagerly, then as recorded graphs). Skipped where there is no such device."""
+"""Every family on an NVIDIA GPU: the logits that the processor computes, read as a prompt and decoded
+step by step (as recorded graphs where there are some). Skipped where there is no such device."""
 
 from __future__ import annotations
 

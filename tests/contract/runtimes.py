@@ -57,7 +57,9 @@ class RuntimeFactory:
     def predict(self, folder: Path, settings: RuntimeSettings) -> list[MemoryItem]:
         files = self.make_files(folder)
         config = resolve_model(str(_opened(files))).config if files.paths else None
-        return self.find_backend().predict_memory(files, config, self._adapted(settings))
+        backend = self.find_backend()
+        devices = backend.probe().devices if settings.gpu_layers else ()
+        return backend.predict_memory(files, config, self._adapted(settings), devices)
 
     def load(self, folder: Path, settings: RuntimeSettings) -> CheckedRuntime:
         files, settings = self.make_files(folder), self._adapted(settings)
