@@ -242,7 +242,8 @@ class Layers(Protocol):
 
     def capture(self, layer: int, states: Floats) -> tuple[Floats, Mapping[str, Floats]]:
         """The states after a layer, and what each of its matrices was given: (rows, in). Rows are
-        texts x n, but for experts: those that were routed to it."""
+        texts x n, but for experts: those that were routed to it. Matrices that are given the same share
+        one array."""
         ...
 
     def head(self, states: Floats) -> Floats:
@@ -265,6 +266,19 @@ class Layers(Protocol):
         respect to the states before, and to each matrix that is not quantized (of experts: zeros where
         none was routed to them). Quantized ones count by what their numbers mean."""
         ...
+
+
+class LayeredModel(Protocol):
+    """What `Backend.open_layers` opens. Of a layer that another was used after, what replaced its
+    matrices is forgotten: they are read again."""
+
+    @property
+    def layers(self) -> Layers: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def close(self) -> None: ...
 
 
 class Runtime(ABC):
@@ -477,6 +491,12 @@ class Backend(ABC):
     def row_quantizer(self, threads: int = 0) -> RowQuantizer:
         """threads: 0: one for each core. Raises BackendUnavailable, and NotImplementedError where the
         backend has no such types."""
+        raise NotImplementedError
+
+    def open_layers(self, files: ModelFiles, context: int) -> LayeredModel:
+        """A model to be gone through layer by layer, in order or backwards: its matrices are in memory
+        only while their layer is used. context: the longest text. Raises BackendUnavailable,
+        UnsupportedModel, LoadFailed, and NotImplementedError where the backend has no such access."""
         raise NotImplementedError
 
     def switches(self) -> Mapping[str, str]:

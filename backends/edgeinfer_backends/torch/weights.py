@@ -13,10 +13,9 @@ from edgeinfer_backends.torch.number_types import Held
 from edgeinfer_backends.torch.quantized import quantized
 from edgeinfer_models.conversion.model import SourceModel
 from edgeinfer_models.conversion.to_gguf import check_tensors, row_chunks
-from edgeinfer_models.families.tensors import TensorRule
+from edgeinfer_models.families.tensors import TensorRule, decoder_name
 
 Progress = Callable[[float], bool]
-_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def load_decoder(
@@ -30,12 +29,7 @@ def load_decoder(
         decoder = Decoder(model.shape)
     names = [(rule, name) for rule in rules for name in rule.hf]
     for index, (rule, name) in enumerate(names):
-        own = own_name(name)
-        place, _, leaf = own.rpartition(".")
-        module = decoder.get_submodule(place)
-        values = _tensor(model, rule, name, dtype, device)
-        assert getattr(module, leaf).shape == values.shape, own
-        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+        place, module = read_parameter(decoder, model, rule, name, dtype, device)
         is_rounded = held != "plain" and rule.layer >= 0 and not _is_router(place)
         if is_rounded and isinstance(module, nn.Linear) and _is_whole(module):
             replace_module(decoder, place, quantized(module, held))
@@ -44,21 +38,27 @@ def load_decoder(
     return decoder
 
 
+def read_parameter(
+    decoder: Decoder,
+    model: SourceModel,
+    rule: TensorRule,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[str, nn.Module]:
+    """name: of `rule.hf`. Returns the module that it belongs to and where that is."""
+    own = decoder_name(name)
+    place, _, leaf = own.rpartition(".")
+    module = decoder.get_submodule(place)
+    values = _tensor(model, rule, name, dtype, device)
+    assert getattr(module, leaf).shape == values.shape, own
+    setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+    return place, module
+
+
 def replace_module(decoder: Decoder, place: str, module: nn.Module) -> None:
     parent, _, leaf = place.rpartition(".")
     setattr(decoder.get_submodule(parent), leaf, module)
-
-
-def own_name(name: str) -> str:
-    """Of a Hugging Face tensor, in a `Decoder`."""
-    own = name.removeprefix("model.")
-    if ".block_sparse_moe." in own:
-        own = own.replace(".block_sparse_moe.", ".mlp.")
-        head, _, rest = own.rpartition(".experts.")
-        if head:
-            index, which, leaf = rest.split(".")
-            own = f"{head}.experts.{index}.{_MIXTRAL[which]}.{leaf}"
-    return own
 
 
 def _is_whole(module: nn.Linear) -> bool:
