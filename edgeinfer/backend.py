@@ -250,6 +250,11 @@ class Layers(Protocol):
         """The logits of states after the last layer: (texts, n, vocab_size)."""
         ...
 
+    def differentiate_head(self, states: Floats, gradient: Floats) -> Floats:
+        """gradient: of something with respect to the logits that `head` makes of the states. Returns its
+        gradient with respect to the states."""
+        ...
+
     def weight(self, layer: int, matrix: str) -> Floats:
         """As the layer computes with it: of one that was quantized, what its numbers mean."""
         ...

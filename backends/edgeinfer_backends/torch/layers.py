@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,10 +94,21 @@ class LayerAccess:
         return _to_numpy(found), captured
 
     def head(self, states: Floats) -> Floats:
-        rows = self._states(0, states)
+        rows = self._states(None, states)
         self._hold("head")
         with torch.no_grad():
             return _to_numpy(self._decoder.logits(self._decoder.norm(rows)))
+
+    def differentiate_head(self, states: Floats, gradient: Floats) -> Floats:
+        rows = self._states(None, states).requires_grad_()
+        self._hold("head")
+        behind = torch.from_numpy(np.ascontiguousarray(gradient)).to(self._device)
+        with torch.enable_grad():
+            logits = self._decoder.logits(self._decoder.norm(rows))
+            if behind.shape != logits.shape:
+                raise ValueError(f"the gradient must have the shape {list(logits.shape)}")
+            (found,) = torch.autograd.grad(logits, rows, behind)
+        return _to_numpy(found)
 
     def weight(self, layer: int, matrix: str) -> Floats:
         found = self._matrix(layer, matrix)
@@ -193,13 +205,15 @@ class LayerAccess:
                 return matrix
         raise ValueError(f"layer {layer} has no matrix {name!r}")
 
-    def _states(self, layer: int, states: Floats) -> Tensor:
+    def _states(self, layer: int | None, states: Floats) -> Tensor:
+        """layer: that they are for; None: the head."""
         width = self._decoder.shape.hidden_size
         if states.ndim != 3 or states.shape[2] != width or not states.size:
             raise ValueError(f"states have the shape (texts, n, {width}), not {list(states.shape)}")
         if states.shape[1] > self._context:
             raise ValueError(f"texts of {states.shape[1]} tokens in a context of {self._context}")
-        self._matrices(layer)
+        if layer is not None:
+            self._matrices(layer)
         return torch.from_numpy(states.copy()).to(self._device, self._dtype)
 
 
