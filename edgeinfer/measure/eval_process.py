@@ -16,16 +16,10 @@ from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import EdgeInferError, MeasureFailed
 from edgeinfer.measure.evaluation import REFERENCE, EvalPlan, Setting
-from edgeinfer.measure.quality import (
-    CHUNK,
-    Agreement,
-    agreement,
-    perplexity,
-    recomputed,
-    slices,
-    stream,
-)
+from edgeinfer.measure.long_texts import recomputed, slices, stream
 from edgeinfer.measure.recall import recall
+from edgeinfer.quality.agreement import Agreement, agreement
+from edgeinfer.quality.predictions import CHUNK, perplexity
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 
