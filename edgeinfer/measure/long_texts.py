@@ -1,4 +1,4 @@
-"""A text of any length, read through a window as the engine does; and read afresh, which no cache beats."""
+"""A text of any length, read through a window as the engine does, or read afresh all the time."""
 
 from __future__ import annotations
 
