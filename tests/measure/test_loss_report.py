@@ -15,8 +15,10 @@ from edgeinfer.measure.loss import Divergence, Loss
 from edgeinfer.measure.loss_report import LossReport, Sample, Size, Speed, check_report
 from edgeinfer.measure.quantize_loss import PROMPTS, measure_loss
 from edgeinfer.quality.tensor_error import TensorError
+from edgeinfer.quantize.quantization import opened, plan_quantization, quantize
 from edgeinfer_models.gguf_patch import patch_metadata, reserved
 from tests.fixtures_gguf import write_tiny_gguf
+from tests.fixtures_hf import write_tiny_folder
 
 TEXT = "The sea is wide, and the sky above it is blue. " * 100
 QUICK = OpenOptions(threads=1, threads_batch=1, gpu_layers=0)
@@ -79,6 +81,15 @@ def test_a_quantized_model_is_measured_against_its_original(tmp_path: Path) -> N
     patch_metadata(result, "report", report.essentials_text())
 
 
+def test_an_original_that_is_a_folder_is_measured_by_the_results_backend(tmp_path: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "model", hidden=64)
+    plan = plan_quantization(opened(folder), folder, "q8_0", tmp_path / "small.gguf", force=False)
+    quantize(plan)
+    report = measure_loss(folder, plan.out, TEXT, 300, options=QUICK, speed=False, samples=False)
+    assert report.loss.noise_floor.mean < report.loss.divergence.mean < 0.05
+    assert any("was converted to" in note for note in report.notes)
+
+
 def test_the_quick_way_measures_predictions_alone(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model.gguf")
     report = measure_loss(model, model, TEXT, 300, options=QUICK, speed=False, samples=False)
@@ -135,7 +146,8 @@ def test_in_a_terminal_layers_are_columns_and_answers_are_harmless() -> None:
 def test_a_chart_fits_whatever_the_number_of_layers(layers: int) -> None:
     errors = [TensorError(f"blk.{n}.x", "Q4_0", float(n)) for n in range(layers)]
     lines = replace(REPORT, errors=tuple(errors), samples=()).lines(60)
-    assert all(len(line) <= 60 for line in lines)
+    chart = [line for line in lines if "│" in line]
+    assert len(chart) == 4 and all(len(line) <= 60 for line in chart)
 
 
 def test_in_markdown_an_answer_cannot_break_out() -> None:
