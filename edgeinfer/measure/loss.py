@@ -116,7 +116,8 @@ def plan_comparison(
     converting: Converting | None = None,
 ) -> Comparison:
     """options: how to open the model. The reference is opened by the same backend where that can, so
-    that the backends' differences do not count as the model's; else by one that is chosen. Raises
+    that the backends' differences do not count as the model's; else by one that is chosen. Its weights
+    are held as they are, whatever `load_as` says of the model's. Raises
     ModelError, BackendUnavailable, UsageError."""
     wanted = replace(
         options,
@@ -128,7 +129,7 @@ def plan_comparison(
         remember=False,
     )
     model = plan_open(wanted, pull_missing, converting)
-    other = replace(wanted, model=reference, backend=model.command.backend)
+    other = replace(wanted, model=reference, backend=model.command.backend, load_as="auto")
     try:
         return Comparison(model, plan_open(other, pull_missing, converting))
     except (UsageError, UnsupportedModel, BackendUnavailable):

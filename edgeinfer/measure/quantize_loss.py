@@ -36,6 +36,7 @@ def measure_loss(
     tokens: int = DEFAULT_TOKENS["reference"],
     progress: Progress = lambda *_: None,
     *,
+    name: str = "",
     options: OpenOptions | None = None,
     errors: Sequence[TensorError] = (),
     notes: Sequence[str] = (),
@@ -44,7 +45,8 @@ def measure_loss(
 ) -> LossReport:
     """original, result: GGUF files or folders of safetensors. An original that the result's backend
     opens in another form only is converted, once for all (its note says so). tokens: of the text that
-    are read; fewer, without speed and samples, is the quick way. options: how to open them (threads,
+    are read; fewer, without speed and samples, is the quick way. name: of the result, where its path is
+    not yet what it will be. options: how to open them (threads,
     backend, layers on the GPU). errors, notes: what the one who made it knows; they become part of the
     report.
 
@@ -53,6 +55,7 @@ def measure_loss(
     wanted = replace(options or OpenOptions(), model=str(result), remember=False)
     comparison = plan_comparison(wanted, str(original), converting=progress)
     loss = comparison.measure(text, tokens, progress)
+    loss = replace(loss, model=name or loss.model)
     before, after = _Side(comparison.reference, str(original)), _Side(comparison.model, str(result))
     for number in range(ROUNDS if speed else int(samples)):
         for side, which in ((before, "before"), (after, "after")):

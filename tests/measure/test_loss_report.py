@@ -92,7 +92,11 @@ def test_an_original_that_is_a_folder_is_measured_by_the_results_backend(tmp_pat
 
 def test_the_quick_way_measures_predictions_alone(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model.gguf")
-    report = measure_loss(model, model, TEXT, 300, options=QUICK, speed=False, samples=False)
+    staged = tmp_path / ".model.gguf.part"
+    staged.write_bytes(model.read_bytes())
+    quick = {"options": QUICK, "speed": False, "samples": False}
+    report = measure_loss(model, staged, TEXT, 300, name="result", **quick)  # type: ignore[arg-type]
+    assert (report.loss.model, report.loss.reference) == ("result", "model")
     assert (report.loss.divergence.mean, report.loss.divergence.top1) == (0.0, 1.0)
     assert (report.speed_before, report.speed_after, report.samples) == (None, None, ())
     assert report.as_json()["speed"] is None
