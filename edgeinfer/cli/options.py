@@ -314,8 +314,8 @@ Tokens = Annotated[
     int | None,
     _option(
         "tokens",
-        "Of the text. Default: 2000 for kv, 10000 for stream and --reference (a minute or so with 135M"
-        " weights on two cores).",
+        "Of the text. Default: 2000 for kv, 10000 for stream, 5000 for --reference (about a minute with"
+        " a model of 135M on two cores).",
         "N",
         _MEASURE,
     ),
