@@ -46,9 +46,8 @@ def measure_loss(
     """original, result: GGUF files or folders of safetensors. An original that the result's backend
     opens in another form only is converted, once for all (its note says so). tokens: of the text that
     are read; fewer, without speed and samples, is the quick way. name: of the result, where its path is
-    not yet what it will be. options: how to open them (threads,
-    backend, layers on the GPU). errors, notes: what the one who made it knows; they become part of the
-    report.
+    not yet what it will be. options: how to open them (threads, backend, layers on the GPU). errors,
+    notes: what the one who made it knows; they become part of the report.
 
     Raises ModelError, BackendError, MeasureFailed; KeyboardInterrupt at any time. No process is left.
     """
@@ -99,8 +98,14 @@ class _Side:
 
     def measure(self, options: OpenOptions, *, speed: bool, asks: bool) -> None:
         context = max(512, SPEED.cells_per_sequence)
+        command = self.plan.command
         opened = replace(
-            options, model=self.spec, backend=self.plan.command.backend, context=context, cache_bytes=0
+            options,
+            model=self.spec,
+            backend=command.backend,
+            load_as=command.settings.load_as,
+            context=context,
+            cache_bytes=0,
         )
         with LocalClient(opened) as client:
             info = client.load()
