@@ -287,6 +287,15 @@ EvalSuite = Annotated[
         _MEASURE,
     ),
 ]
+Reference = Annotated[
+    str | None,
+    _option(
+        "reference",
+        "Another model of the same vocabulary: how far MODEL's predictions lie from its.",
+        "MODEL",
+        _MEASURE,
+    ),
+]
 EvalSettings = Annotated[
     str | None,
     _option(
@@ -302,7 +311,14 @@ Text = Annotated[
     _option("text", "A file of text. Default: Python's own documentation.", "FILE", _MEASURE),
 ]
 Tokens = Annotated[
-    int | None, _option("tokens", "Of the text. Default: 2000 for kv, 10000 for stream.", "N", _MEASURE)
+    int | None,
+    _option(
+        "tokens",
+        "Of the text. Default: 2000 for kv, 10000 for stream, 5000 for --reference (about a minute with"
+        " a model of 135M on two cores).",
+        "N",
+        _MEASURE,
+    ),
 ]
 Repeat = Annotated[int, _option("repeat", "Samples of each figure.", "N", _MEASURE)]
 Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.", "N", _MEASURE)]
