@@ -12,23 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgeinfer.errors import UsageError
 from edgeinfer.quantize.conversion import TYPES
-from edgeinfer.registry import get_backend
+from edgeinfer.quantize.rounding import rounding
 from edgeinfer_models.config import config_from_gguf
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.model import SourceModel, source_of_folder
 from edgeinfer_models.conversion.presets import MixtureFacts, choose_types, file_type
 from edgeinfer_models.conversion.rewritten import rewrite_gguf, written_bytes
+from edgeinfer_models.conversion.tensor_data import Encode
 from edgeinfer_models.conversion.to_gguf import GgufPlan, check_tensors, tensor_bytes, write_gguf
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import read_gguf_model
-
-if TYPE_CHECKING:
-    from edgeinfer_models.conversion.to_gguf import Encode
 
 _OF_BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 Progress = Callable[[float], None]
@@ -87,31 +84,46 @@ def plan_quantization(
     return Quantization(source, preset, types, chosen, target, force, num_bytes, elements, notes)
 
 
-def quantize(plan: Quantization, progress: Progress = lambda _: None, threads: int = 0) -> None:
-    """Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there), BackendUnavailable,
-    OSError. Then nothing is left of it."""
-    rows = get_backend("llamacpp").row_quantizer(threads)
-    encode: Encode = rows.quantize
+def quantize(
+    plan: Quantization,
+    progress: Progress = lambda _: None,
+    *,
+    encode: Encode | None = None,
+    threads: int = 0,
+) -> None:
+    """encode: what makes rows into blocks; None: they are rounded. threads: 0: one for each core. Raises
+    ModelFileInvalid, UnsupportedModel, UsageError (the result is there), BackendUnavailable, OSError.
+    Then nothing is left of it."""
+    if encode is None:
+        with rounding({}, {}) as rounded:
+            quantize(plan, progress, encode=rounded, threads=threads)
+        return
     number = file_type(plan.preset)
     source = plan.source
-    try:
-        if isinstance(source, GgufHeader):
-            rewrite_gguf(
-                plan.out, source, plan.chosen, number, encode, force=plan.force, progress=progress
-            )
-            return
-        parts = GgufPlan(
-            source.family,
-            source.shape,
-            "F32",
-            source.gguf_metadata(),
-            types=plan.chosen,
-            encode=encode,
-            file_type=number,
+    if isinstance(source, GgufHeader):
+        rewrite_gguf(
+            plan.out,
+            source,
+            plan.chosen,
+            number,
+            encode,
+            threads=threads,
+            force=plan.force,
+            progress=progress,
         )
-        write_gguf(plan.out, source.source, parts, force=plan.force, progress=progress)
-    finally:
-        rows.close()
+        return
+    parts = GgufPlan(
+        source.family,
+        source.shape,
+        "F32",
+        source.gguf_metadata(),
+        types=plan.chosen,
+        encode=encode,
+        file_type=number,
+    )
+    write_gguf(
+        plan.out, source.source, parts, threads=threads, force=plan.force, progress=progress
+    )
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer_models.conversion.floats import HELD_AS, from_float32, to_float32
 from edgeinfer_models.conversion.new_file import NewFile
-from edgeinfer_models.conversion.sources import gguf_rows, places_of, require_finite
+from edgeinfer_models.conversion.sources import gguf_rows, places_of, require_finite, stored_bytes
+from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
 from edgeinfer_models.gguf_format import Cursor
 from edgeinfer_models.gguf_header import MAGIC, MAX_KEY_BYTES, GgufHeader, GgufTensor
@@ -23,10 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
-    # Rows of float32 as a type's blocks: (n, bytes of a row).
-    Encode = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.uint8]]
 
-_CHUNK_BYTES = 2**24  # of F32 numbers at a time
 _VERSION = 3
 _U32, _STRING = 4, 8  # of GGUF's value types
 _DROPPED = ("split.no", "split.count", "split.tensors.count", "general.file_type",
@@ -42,26 +41,24 @@ def rewrite_gguf(
     file_type: int,
     encode: Encode,
     *,
+    threads: int = 0,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """types: of each tensor; None: as it is. file_type: llama_ftype. Raises ModelFileInvalid (numbers
-    that are not finite, a file that shrank), UnsupportedModel (a type nobody can read back), UsageError
-    (the file is there), OSError; then nothing is left."""
+    """types: of each tensor; None: as it is. file_type: llama_ftype. threads: 0: one for each core.
+    Raises ModelFileInvalid (numbers that are not finite, a file that shrank), UnsupportedModel (a type
+    nobody can read back), UsageError (the file is there), OSError; then nothing is left."""
     places = places_of(header)
-    total = sum(written_bytes(tensor, types[tensor.name]) for tensor in header.tensors)
-    done = 0
+    tensors = [
+        TensorData(
+            written_bytes(tensor, types[tensor.name]),
+            _parts(tensor, places[tensor.name], types[tensor.name], encode),
+        )
+        for tensor in header.tensors
+    ]
     with NewFile(path, force=force) as new:
         new.file.write(_head(header, types, file_type))
-        for tensor in header.tensors:
-            size = 0
-            for part in _parts(tensor, places[tensor.name], types[tensor.name], encode):
-                new.file.write(part.tobytes())
-                size += part.nbytes
-                done += part.nbytes
-                progress(done / total)
-            assert size == written_bytes(tensor, types[tensor.name]), tensor.name
-            new.file.write(bytes(-size % header.alignment))
+        write_tensors(new.file, tensors, header.alignment, threads=threads, progress=progress)
 
 
 def written_bytes(tensor: GgufTensor, type_name: str | None) -> int:
@@ -72,30 +69,27 @@ def written_bytes(tensor: GgufTensor, type_name: str | None) -> int:
 
 def _parts(
     tensor: GgufTensor, place: tuple[Path, int], type_name: str | None, encode: Encode
-) -> Iterator[Array]:
+) -> Iterator[Part]:
     path, offset = place
+    if type_name is None or type_name == tensor.type_name:
+        for start in range(0, tensor.num_bytes, PART_BYTES):
+            size = min(PART_BYTES, tensor.num_bytes - start)
+            yield partial(stored_bytes, path, offset + start, size)
+        return
     width = tensor.shape[0]
     rows = tensor.elements // width
-    if type_name is None or type_name == tensor.type_name:
-        yield from _copied(path, offset, tensor.num_bytes)
-        return
-    step = max(_CHUNK_BYTES // (4 * width), 1)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+
+    def part(start: int, stop: int) -> Array:
         stored = gguf_rows(path, offset, tensor, start, stop, width)
         values = to_float32(stored, tensor.type_name if tensor.type_name in HELD_AS else "F32")
         require_finite(values, path.name, tensor.name, start, (rows, width))
         if type_name in HELD_AS:
-            yield from_float32(values, type_name)
-        else:
-            yield encode(type_name, values)
+            return from_float32(values, type_name)
+        return encode(tensor.name, type_name, values, start)
 
-
-def _copied(path: Path, offset: int, num_bytes: int) -> Iterator[Array]:
-    import numpy as np
-
-    for start in range(0, num_bytes, _CHUNK_BYTES):
-        yield np.fromfile(path, np.uint8, min(_CHUNK_BYTES, num_bytes - start), offset=offset + start)
+    step = max(PART_BYTES // (4 * width), 1)
+    for start in range(0, rows, step):
+        yield partial(part, start, min(start + step, rows))
 
 
 def _head(header: GgufHeader, types: Mapping[str, str | None], file_type: int) -> bytes:
