@@ -53,8 +53,8 @@ class TensorSource(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Held as floats.py says. Called by several threads. Raises ModelFileInvalid, naming the tensor and the place, for numbers
-        that are not finite."""
+        """Held as floats.py says. Called by several threads. Raises ModelFileInvalid, naming the
+        tensor and the place, for numbers that are not finite."""
         ...
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -32,9 +32,9 @@ class Encode(Protocol):
     def __call__(
         self, name: str, type_name: str, rows: npt.NDArray[np.float32], first_row: int
     ) -> npt.NDArray[np.uint8]:
-        """rows: (n, width), finite: those of the tensor called `name` in GGUF from `first_row` on, counted
-        through all matrices where it is a stack of them (experts); a part may end in another matrix than
-        it began in. Returns (n, bytes of a row). Called by several threads, for parts in any order."""
+        """rows: (n, width), finite: those of the tensor called `name` in GGUF from `first_row` on,
+        counted through all matrices where it is a stack of them (experts); a part may end in another
+        matrix than it began in. Returns (n, bytes of a row). Called by several threads, for parts in any order."""
         ...
 
 
@@ -75,7 +75,7 @@ def write_tensors(
         made.close()
 
 
-def _in_order(parts: Iterable[Part], threads: int) -> Iterator[Array]:
+def _in_order(parts: Iterable[Part], threads: int) -> Generator[Array]:
     """What they make. Closed early, it drops those that nobody began and waits for the others."""
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads, "edgeinfer-tensors")

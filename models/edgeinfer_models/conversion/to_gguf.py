@@ -38,7 +38,7 @@ class GgufPlan:
     """What is to be written. dtype: of the matrices, F32, F16 or BF16; vectors are F32, as llama.cpp has
     them. metadata: beside the architecture's, with their whole keys; an int becomes u32, a float f32.
     types: of tensors that are to be quantized, by their GGUF names, with what makes rows into their
-    blocks and the file's type (llama_ftype)."""
+    blocks."""
 
     family: Family
     shape: DecoderShape
@@ -46,7 +46,6 @@ class GgufPlan:
     metadata: Mapping[str, Any]
     types: Mapping[str, str | None] = field(default_factory=dict)
     encode: Encode | None = None
-    file_type: int | None = None
 
     def type_of(self, rule: TensorRule) -> str:
         return self.types.get(rule.gguf) or dtype_of(rule, self.dtype)
@@ -61,8 +60,8 @@ def write_gguf(
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """threads: 0: one for each core. Raises ModelFileInvalid (a tensor that is missing, of another shape,
-    or not finite), UnsupportedModel, UsageError (the file is there), OSError."""
+    """threads: 0: one for each core. Raises ModelFileInvalid (a tensor that is missing, of another
+    shape, or not finite), UnsupportedModel, UsageError (the file is there), OSError."""
     rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
     architecture, factors = plan.family.shape_to_gguf(plan.shape)
@@ -145,8 +144,7 @@ def _head(
         writer = gguf.GGUFWriter(path, plan.family.arch)
         for key, value in {
             "general.type": "model",
-            "general.file_type": FILE_TYPES[plan.dtype] if plan.file_type is None else plan.file_type,
-            **({} if plan.file_type is None else {"general.quantization_version": 2}),
+            "general.file_type": FILE_TYPES[plan.dtype],
             **{f"{plan.family.arch}.{key}": value for key, value in architecture.items()},
             **plan.metadata,
         }.items():
