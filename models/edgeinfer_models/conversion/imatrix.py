@@ -108,8 +108,8 @@ def read_imatrix(path: Path) -> Imatrix:
 
 def write_imatrix(path: Path, imatrix: Imatrix, form: Form = "gguf", *, force: bool = False) -> None:
     """What llama-imatrix would write of it, byte for byte. "dat" leaves out what saw nothing, and all
-    datasets but the last. Raises UsageError (the file is there), ModelFileInvalid (a name is too long for the form),
-    OSError; then nothing is left."""
+    datasets but the last. Raises UsageError (the file is there), ModelFileInvalid (a name is
+    too long for the form), OSError; then nothing is left."""
     with NewFile(path, force=force) as new:
         if form == "gguf":
             _write_gguf(new.file, imatrix)

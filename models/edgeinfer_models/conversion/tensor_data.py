@@ -34,7 +34,8 @@ class Encode(Protocol):
     ) -> npt.NDArray[np.uint8]:
         """rows: (n, width), finite: those of the tensor called `name` in GGUF from `first_row` on,
         counted through all matrices where it is a stack of them (experts); a part may end in another
-        matrix than it began in. Returns (n, bytes of a row). Called by several threads, for parts in any order."""
+        matrix than it began in. Returns (n, bytes of a row). Called by several threads,
+        for parts in any order."""
         ...
 
 
@@ -75,7 +76,7 @@ def write_tensors(
         made.close()
 
 
-def _in_order(parts: Iterable[Part], threads: int) -> Generator[Array]:
+def _in_order(parts: Iterable[Part], threads: int) -> Generator[Array, None, None]:
     """What they make. Closed early, it drops those that nobody began and waits for the others."""
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads, "edgeinfer-tensors")
