@@ -210,9 +210,7 @@ def test_missing_parts_of_a_gguf_file_are_named(tmp_path: Path) -> None:
             read_imatrix(path)
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=st.sampled_from(FORMS), data=st.data())
 def test_any_damage_ends_in_sound_numbers_or_one_line(
     tmp_path: Path, form: Form, data: st.DataObject

@@ -16,7 +16,7 @@ from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import TensorSource
 from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
 from edgeinfer_models.families.changes import to_gguf
-from edgeinfer_models.families.family import Factors, Family
+from edgeinfer_models.families.family import Family
 from edgeinfer_models.families.shape import DecoderShape
 from edgeinfer_models.families.tensors import TensorRule
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
@@ -64,8 +64,8 @@ def write_gguf(
     shape, or not finite), UnsupportedModel, UsageError (the file is there), OSError."""
     rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
-    architecture, factors = plan.family.shape_to_gguf(plan.shape)
-    head = _head(plan, architecture, rules, factors)
+    _, factors = plan.family.shape_to_gguf(plan.shape)
+    head = model_head(plan)
     tensors = [
         TensorData(4 * len(values), [partial(recast_factors, values)]) for values in factors.values()
     ]
@@ -132,13 +132,12 @@ def _is_known_extra(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias")) or name == "lm_head.weight"
 
 
-def _head(
-    plan: GgufPlan, architecture: Mapping[str, Any], rules: Sequence[TensorRule], factors: Factors
-) -> bytes:
-    """Everything in front of the tensors' data."""
+def model_head(plan: GgufPlan) -> bytes:
+    """Everything in front of the tensors' data. Raises UnsupportedModel."""
     import gguf
     import numpy as np
 
+    architecture, factors = plan.family.shape_to_gguf(plan.shape)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head"
         writer = gguf.GGUFWriter(path, plan.family.arch)
@@ -153,7 +152,7 @@ def _head(
             writer.add_tensor_info(
                 name, (len(values),), np.dtype(np.float32), 4 * len(values), _kind("F32")
             )
-        for rule in rules:
+        for rule in plan.family.rules(plan.shape):
             type_name = plan.type_of(rule)
             is_float = type_name in HELD_AS
             # The library takes the shape of blocks in bytes.
