@@ -340,6 +340,26 @@ WeightType = Annotated[
         _WEIGHTS,
     ),
 ]
+Method = Annotated[
+    str | None,
+    _option(
+        "method",
+        "How weights are rounded. rtn: each by itself; imatrix: those that matter more come out closer."
+        " Default: imatrix where --imatrix is given, else rtn.",
+        "METHOD",
+        _WEIGHTS,
+        default=False,
+    ),
+]
+ImatrixFile = Annotated[
+    str | None,
+    _option(
+        "imatrix",
+        "How much each column of the weights matters: a file of llama-imatrix, GGUF or the older form.",
+        "FILE",
+        _WEIGHTS,
+    ),
+]
 To = Annotated[
     str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
 ]

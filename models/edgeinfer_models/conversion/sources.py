@@ -36,10 +36,12 @@ _PLAIN_GGUF = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """shape: rows first. dtype: of what `rows` gives: F32, F16 or BF16."""
+    """shape: rows first. dtype: of what `rows` gives: F32, F16 or BF16. is_packed: any rows take the
+    reading of the whole matrix, so that few at a time are dear."""
 
     shape: tuple[int, ...]
     dtype: str
+    is_packed: bool = False
 
 
 class TensorSource(Protocol):
@@ -51,8 +53,8 @@ class TensorSource(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Held as floats.py says. Raises ModelFileInvalid, naming the tensor and the place, for numbers
-        that are not finite."""
+        """Held as floats.py says. Called by several threads. Raises ModelFileInvalid, naming the
+        tensor and the place, for numbers that are not finite."""
         ...
 
 
@@ -108,7 +110,7 @@ class SafetensorsSource:
 
     def info(self, name: str) -> TensorInfo:
         if name in self._packed:
-            return TensorInfo(self._packed[name], "F32")
+            return TensorInfo(self._packed[name], "F32", is_packed=True)
         _, tensor = self._find(name)
         if tensor.dtype not in HELD_AS:
             raise UnsupportedModel(
@@ -266,6 +268,10 @@ def gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: int
             f"{path.name}: tensor '{tensor.name}' of the type {tensor.type_name} cannot be read back"
         ) from None
     return found
+
+
+def stored_bytes(path: Path, offset: int, num_bytes: int) -> Array:
+    return _read(path, "u1", offset, (num_bytes,), 0, num_bytes)
 
 
 def _read(path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: int, stop: int) -> Array:
