@@ -62,6 +62,4 @@ def write_folder(
             }
         )
         return
-    emit(
-        f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each\n"
-    )
+    emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each\n")

@@ -329,8 +329,8 @@ To = Annotated[
     str | None,
     _option(
         "to",
-        "gguf: one file (default); safetensors: a Hugging Face folder; mlx: a folder for mlx-lm (mlx-4bit"
-        " if no --type says otherwise).",
+        "gguf: one file (default); safetensors: a Hugging Face folder; mlx: a folder for mlx-lm (of"
+        " mlx-4bit, if no --type says otherwise).",
         "FORM",
         _WEIGHTS,
     ),

@@ -35,8 +35,9 @@ def quantize(
     from edgeinfer.quantize.quantization import TYPES
 
     if is_folder_type(type_name, to, group_size, scale_type):
+        path = _found(model)
         write_folder(
-            _found(model), type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
+            path, type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
         )
         return
     type_name, to = type_name or "f16", to or "gguf"

@@ -108,11 +108,9 @@ def write(plan: FolderPlan, progress: Progress = lambda _: None) -> None:
     """Raises ModelFileInvalid, UnsupportedModel, UsageError (the folder is there and not empty),
     OSError. Then nothing is left of it."""
     if plan.to == "mlx":
-        write_mlx(
-            plan.out, plan.model, plan.packing, plan.pieces, dtype=plan.dtype, progress=progress
-        )
+        write_mlx(plan.out, plan.model, plan.packing, plan.pieces, dtype=plan.dtype, progress=progress)
         return
-    assert plan.dtype is not None
+    assert plan.dtype is not None  # noqa: S101 (there is always one, of these)
     write_compressed(
         plan.out,
         plan.model,
@@ -160,11 +158,12 @@ def _widest(model: SourceModel) -> str:
 
 def _notes(plan: FolderPlan) -> list[str]:
     found = [] if plan.model.form == "safetensors" else list(plan.model.notes())
-    packed = sorted({kind for kind, _ in stored_types(plan.model) if kind not in FLOATS or kind[1] == "8"})
+    kinds = {kind for kind, _ in stored_types(plan.model)}
+    packed = sorted(kind for kind in kinds if kind not in FLOATS or kind.startswith("F8"))
     if packed and plan.type_name not in FLOAT_TYPES:
         found.append(
-            f"its weights are quantized already ({', '.join(packed[:3])}): quantized again they lose more"
-            " than the original's would"
+            f"its weights are quantized already ({', '.join(packed[:3])}): quantized again they lose"
+            " more than the original's would"
         )
     odd = [
         piece.tensors[0].name
@@ -173,8 +172,8 @@ def _notes(plan: FolderPlan) -> list[str]:
     ]
     if plan.packing is not None and odd:
         found.append(
-            f"{len(odd)} matrices have rows that are no whole groups of {plan.group} and stay as they are,"
-            " as mlx-lm does it"
+            f"{len(odd)} matrices have rows that are no whole groups of {plan.group} and stay as they"
+            " are, as mlx-lm does it"
         )
     if plan.packing is not None and plan.dtype != "F32":
         found.append(

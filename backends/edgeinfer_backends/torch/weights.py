@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.torch.decoder import Decoder
 from edgeinfer_backends.torch.number_types import Held
+from edgeinfer_backends.torch.packed_linear import packed_linear
 from edgeinfer_backends.torch.quantized import quantized
 from edgeinfer_models.conversion.model import SourceModel
 from edgeinfer_models.conversion.to_gguf import check_tensors, row_chunks
@@ -20,10 +22,17 @@ _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def load_decoder(
-    model: SourceModel, dtype: torch.dtype, device: torch.device, held: Held, progress: Progress
+    model: SourceModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    held: Held,
+    progress: Progress,
+    *,
+    as_stored: bool = False,
 ) -> Decoder:
-    """held: what becomes of the layers' matrices, each as soon as it has been read. Raises
-    ModelFileInvalid, LoadFailed (cancelled)."""
+    """held: what becomes of the layers' matrices, each as soon as it has been read. as_stored: only of
+    those that the file has packed, with the codes they have there. Raises ModelFileInvalid, LoadFailed
+    (cancelled)."""
     rules = model.family.rules(model.shape)
     check_tensors(model.source, rules)
     with torch.device("meta"):
@@ -33,10 +42,16 @@ def load_decoder(
         own = own_name(name)
         place, _, leaf = own.rpartition(".")
         module = decoder.get_submodule(place)
+        if as_stored and leaf == "weight" and rule.layer >= 0:
+            packed = packed_linear(model.source, name, held, dtype, device)
+            if packed is not None:
+                packed.bias = cast(nn.Linear, module).bias
+                replace_module(decoder, place, packed)
+                continue
         values = _tensor(model, rule, name, dtype, device)
         assert getattr(module, leaf).shape == values.shape, own
         setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-        is_rounded = held != "plain" and rule.layer >= 0 and not _is_router(place)
+        is_rounded = held != "plain" and not as_stored and rule.layer >= 0 and not _is_router(place)
         if is_rounded and isinstance(module, nn.Linear) and _is_whole(module):
             replace_module(decoder, place, quantized(module, held))
         if not progress((index + 1) / (len(names) + 1)):

@@ -1,8 +1,8 @@
 """MLX's affine quantization in numpy: groups of a row that share a scale and a bias,
 weight = code * scale + bias.
 
-Source: `mx.quantize` in mode "affine" (mlx 0.32), whose results these are bit for bit (tests compare):
-the end of a group that is larger in size is hit exactly, and zero is on the grid wherever it lies between
+Source: `mx.quantize` in mode "affine" (mlx 0.32), whose results these are bit for bit (tests compare).
+The end of a group that is larger in size is hit exactly; zero is on the grid wherever it lies between
 the ends.
 """
 

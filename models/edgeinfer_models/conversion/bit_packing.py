@@ -15,7 +15,7 @@ WORD_BITS = 32
 
 
 def pack_codes(codes: Codes, bits: int) -> Codes:
-    """codes: (n, width), each below 2**bits, width * bits in whole words. (n, width * bits / 8) bytes."""
+    """codes: (n, width), each below 2**bits. (n, width * bits / 8), in whole bytes."""
     import numpy as np
 
     if bits == 8:

@@ -1,9 +1,9 @@
-"""A model as a Hugging Face folder in compressed-tensors' forms, which transformers and vLLM load, and our
-torch backend: the layers' matrices in int8 or fp8 with a scale for each row, or in int4 with one for each
+"""A model as a Hugging Face folder in compressed-tensors' forms, for transformers, vLLM and our torch
+backend: the layers' matrices in int8 or fp8 with a scale for each row, or in int4 with one for each
 group. Embeddings, head, norms and routers stay as they are.
 
-Source: compressed-tensors 0.20, its forms "int-quantized", "float-quantized" and "pack-quantized", and the
-schemes that it knows as W8A8, FP8_DYNAMIC and W4A16.
+Source: compressed-tensors 0.20, its forms "int-quantized", "float-quantized" and "pack-quantized", and
+the schemes that it knows as W8A8, FP8_DYNAMIC and W4A16.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def _packed_piece(
     encode: SymmetricEncode,
 ) -> Piece:
     rows, width = rule.shape
+    tensors: tuple[StoredTensor, ...]
     scales = StoredTensor(f"{name}_scale", dtype, (rows, width // group))
     if kind == "int4":
         tensors = (

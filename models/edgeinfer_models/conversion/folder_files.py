@@ -65,14 +65,16 @@ def write_folder(
     has_index: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """files: the others, by name. made_for: the "format" that readers ask for. has_index: also of a single
-    shard. The folder is made when all is written. Raises UsageError (it is there and not empty), OSError,
-    and what reading a piece raises."""
+    """files: the others, by name. made_for: the "format" that readers ask for. has_index: also of a
+    single shard. The folder is made when all is written. Raises UsageError (it is there and not empty),
+    OSError, and what reading a piece raises."""
     require_free(folder)
     shards = _shards(pieces)
     total, done = sum(piece.num_bytes for piece in pieces), 0
     within = folder if folder.exists() else folder.parent
-    with ExitStack() as opened:  # what is entered first gets its name last: config.json after the weights
+    with (
+        ExitStack() as opened
+    ):  # what is entered first gets its name last: config.json after the weights
 
         def begin(name: str) -> IO[bytes]:
             return opened.enter_context(NewFile(folder / name, within=within)).file

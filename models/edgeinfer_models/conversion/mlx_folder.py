@@ -1,5 +1,5 @@
-"""A model as a folder that mlx-lm loads, its matrices packed as `mlx_lm.convert -q` has them; made without
-MLX.
+"""A model as a folder that mlx-lm loads, its matrices packed as `mlx_lm.convert -q` has them; made
+without MLX.
 
 packing = packing_for(model, bits=4, group=64)
 pieces = mlx_pieces(model, packing, dtype="F16")

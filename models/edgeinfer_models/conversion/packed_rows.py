@@ -1,8 +1,8 @@
-"""Weights packed row by row, as MLX and compressed-tensors store them: codes, and scales for groups of a
-row's entries. Which tensors belong together and how wide they must be is checked before anything is read.
+"""Weights packed row by row, as MLX and compressed-tensors store them: codes, and scales for groups of
+a row's entries. Which tensors belong together and their shapes are checked before anything is read.
 
     matrices = mlx_packing(config["quantization"], where).matrices(tensors, where)
-    unpacked(matrices[name], codes, scales, biases)
+    unpacked(matrices[name], data, scales, biases)
 
 weight = code * scale + bias, MLX's codes from 0 up, compressed-tensors' around zero and without a bias.
 """
@@ -136,9 +136,7 @@ class WordPacking:
 
 @dataclass(frozen=True)
 class BytePacking:
-    """compressed-tensors' "int-quantized": a byte for each weight, a scale for each row or one for all."""
-
-    bits = 8
+    """compressed-tensors' "int-quantized": a byte for each weight, a scale for each row or for all."""
 
     def matrices(self, tensors: Tensors, where: str) -> dict[str, PackedMatrix]:
         found: dict[str, PackedMatrix] = {}
@@ -169,7 +167,7 @@ def _checked_mlx(given: Mapping[str, Any], where: str) -> tuple[int, int]:
             f"{where}: weights that MLX quantized in the mode '{str(mode)[:20]}' cannot be unpacked; use"
             " the model's original weights"
         )
-    if type(bits) is not int or bits not in MLX_BITS or type(group) is not int or group not in MLX_GROUPS:
+    if (type(bits), type(group)) != (int, int) or bits not in MLX_BITS or group not in MLX_GROUPS:
         raise ModelFileInvalid(
             f"{where}: weights of {str(bits)[:20]} bits in groups of {str(group)[:20]} are none that MLX"
             " makes; check the file"
@@ -178,8 +176,8 @@ def _checked_mlx(given: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 def compressed_packing(quantization: Mapping[str, Any], where: str) -> RowPacking | None:
-    """Of a `quantization_config` of the method compressed-tensors; None for 8-bit floats, whose type says
-    what they are. Raises UnsupportedModel for what cannot be unpacked, with the reason."""
+    """Of a `quantization_config` of the method compressed-tensors; None for 8-bit floats, whose type
+    says what they are. Raises UnsupportedModel for what cannot be unpacked, with the reason."""
     groups = quantization.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
     forms = {str(quantization.get("format"))}
@@ -202,19 +200,11 @@ def compressed_packing(quantization: Mapping[str, Any], where: str) -> RowPackin
         reason = "rotated weights"
     if reason:
         raise _cannot(where, reason)
-    return _one_packing(forms.pop(), *found.pop(), where)
+    return _one_packing(forms.pop(), found.pop(), where)
 
 
-def _one_packing(
-    form: str,
-    kind: Any,
-    bits: Any,
-    symmetric: Any,
-    strategy: Any,
-    group: Any,
-    order: Any,
-    where: str,
-) -> RowPacking | None:
+def _one_packing(form: str, scheme: tuple[Any, ...], where: str) -> RowPacking | None:
+    kind, bits, symmetric, strategy, group, order = scheme
     if symmetric not in (True, None):
         raise _cannot(where, "weights with zero points")
     if order not in (None, "static", "weight"):  # those leave the groups where they are
@@ -232,9 +222,7 @@ def _one_packing(
     raise _cannot(where, f"{what} {str(strategy)[:20]})")
 
 
-def unpacked(
-    matrix: PackedMatrix, data: Bytes, scales: Floats, biases: Floats | None
-) -> Floats:
+def unpacked(matrix: PackedMatrix, data: Bytes, scales: Floats, biases: Floats | None) -> Floats:
     """data, scales, biases: of some rows, as they are stored."""
     import numpy as np
 
@@ -288,9 +276,7 @@ def _typed(tensors: Tensors, name: str, types: tuple[str, ...], where: str) -> S
 
 def _pair(tensor: SafetensorsTensor, where: str) -> tuple[int, int]:
     if len(tensor.shape) != 2:
-        raise ModelFileInvalid(
-            f"{where}: tensor '{tensor.name}' is no matrix; download the model again"
-        )
+        raise ModelFileInvalid(f"{where}: tensor '{tensor.name}' is no matrix; download the model again")
     return tensor.shape[0], tensor.shape[1]
 
 

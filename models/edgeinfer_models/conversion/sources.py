@@ -62,9 +62,7 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """A Hugging Face folder. packing: of the matrices that are not stored as plain numbers."""
 
-    def __init__(
-        self, folder: SafetensorsFolder, packing: Packing | RowPacking | None = None
-    ) -> None:
+    def __init__(self, folder: SafetensorsFolder, packing: Packing | RowPacking | None = None) -> None:
         self._name = folder.folder.name
         self._tensors: dict[str, tuple[Path, SafetensorsTensor]] = {}
         for shard in folder.shards:

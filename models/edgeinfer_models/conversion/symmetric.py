@@ -62,4 +62,5 @@ def to_e4m3(values: Floats) -> npt.NDArray[np.uint8]:
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20).astype(np.int32) - (120 << 3)
     small = np.rint(size * np.float32(512.0)).astype(np.int32)  # below 2**-6 codes are equally far apart
     codes = np.where(size < np.float32(2.0**-6), small, normal)
-    return (codes | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+    found: npt.NDArray[np.uint8] = (codes | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+    return found
