@@ -231,7 +231,8 @@ def _num_weights(model: SafetensorsFolder) -> int:
             bits = (own if isinstance(own, dict) else of_mlx).get("bits")
             total += tensor.elements * 32 // (bits if bits in (2, 3, 4, 5, 6, 8) else 4)
         elif tensor.name.endswith(".qweight"):
-            quantization = config.get("quantization_config", {})
+            said = config.get("quantization_config")
+            quantization = said if isinstance(said, dict) else {}
             bits = quantization.get("bits", quantization.get("w_bit"))
             total += tensor.elements * (32 // bits if bits in (2, 4, 8) else 8)
         elif packing == "compressed-tensors" and tensor.name.endswith(".weight_packed"):
