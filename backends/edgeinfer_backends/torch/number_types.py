@@ -56,7 +56,8 @@ def choose(
         return NumberTypes(load_as, "plain", _note(load_as, stored))
     computed = _computed(stored, fast_bf16, device, family)
     packed = _HELD_AS.get(stored)
-    if packed is not None and has_kernels and load_as in ("auto", packed):
+    # int8's products round their inputs: only where that was asked for.
+    if packed is not None and has_kernels and load_as in (packed, "auto" if packed == "int4" else ""):
         return NumberTypes(computed, packed, _AS_STORED[packed], as_stored=True)
     if load_as == "auto":
         return NumberTypes(computed, "plain", _note(computed, stored))

@@ -2,8 +2,9 @@
 backend: the layers' matrices in int8 or fp8 with a scale for each row, or in int4 with one for each
 group. Embeddings, head, norms and routers stay as they are.
 
-Source: compressed-tensors 0.20, its forms "int-quantized", "float-quantized" and "pack-quantized", and
-the schemes that it knows as W8A8, FP8_DYNAMIC and W4A16.
+Source: compressed-tensors 0.20, its forms "pack-quantized" and "float-quantized", and the schemes that it
+knows as W8A16 (here with a scale for each row), W4A16 and FP8_DYNAMIC. Not its W8A8: programs then round
+inputs to int8 too, and a small model's outliers do not survive that.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
 
 KINDS: tuple[Kind, ...] = ("int8", "int4", "fp8")
 GROUPS = (32, 64, 128)  # of int4
-_FORMS = {"int8": "int-quantized", "int4": "pack-quantized", "fp8": "float-quantized"}
+_BITS = {"int8": 8, "int4": 4, "fp8": 8}
 _ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
 _PART_WEIGHTS = 2**20  # rounded at a time
-_ZERO = 8  # of int4: codes lie 8 higher in their words
 
 
 def compressed_pieces(
@@ -92,13 +92,14 @@ def write_compressed(
 def is_packed(rule: TensorRule, kind: Kind, group: int) -> bool:
     if len(rule.shape) != 2 or rule.layer < 0 or rule.hf[0].endswith(_ROUTERS):
         return False
-    return kind != "int4" or rule.shape[1] % group == 0
+    unit = {"int4": group, "int8": WORD_BITS // 8, "fp8": 1}[kind]
+    return rule.shape[1] % unit == 0
 
 
 def _quantization(kind: Kind, group: int, ignored: list[str]) -> dict[str, Any]:
     of_floats = kind == "fp8"
     weights: dict[str, Any] = {
-        "num_bits": 4 if kind == "int4" else 8,
+        "num_bits": _BITS[kind],
         "type": "float" if of_floats else "int",
         "symmetric": True,
         "strategy": "group" if kind == "int4" else "channel",
@@ -106,11 +107,11 @@ def _quantization(kind: Kind, group: int, ignored: list[str]) -> dict[str, Any]:
         "dynamic": False,
     }
     inputs = None
-    if kind != "int4":  # programs with products of such numbers round the inputs row by row
+    if of_floats:  # programs with products of such numbers round the inputs row by row
         inputs = {**weights, "strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMS[kind],
+        "format": "float-quantized" if of_floats else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
@@ -137,14 +138,15 @@ def _packed_piece(
     rows, width = rule.shape
     tensors: tuple[StoredTensor, ...]
     scales = StoredTensor(f"{name}_scale", dtype, (rows, width // group))
-    if kind == "int4":
+    bits = _BITS[kind]
+    if kind != "fp8":
         tensors = (
-            StoredTensor(f"{name}_packed", "I32", (rows, width * 4 // WORD_BITS)),
+            StoredTensor(f"{name}_packed", "I32", (rows, width * bits // WORD_BITS)),
             scales,
             StoredTensor(f"{name}_shape", "I64", (2,)),
         )
     else:
-        tensors = (StoredTensor(name, "I8" if kind == "int8" else "F8_E4M3", rule.shape), scales)
+        tensors = (StoredTensor(name, "F8_E4M3", rule.shape), scales)
 
     def parts() -> Iterator[tuple[Array, ...]]:
         import numpy as np
@@ -157,10 +159,10 @@ def _packed_piece(
                 some = to_float32(found[start : start + step], dtype)
                 codes, factors = encode(name, some, first + start)
                 stored = from_float32(factors, dtype)
-                if kind != "int4":
+                if kind == "fp8":
                     yield codes, stored
                     continue
-                words = pack_codes((codes + _ZERO).astype(np.uint8), 4)
-                yield words, stored, shape if first + start == 0 else nothing
+                unsigned = codes.view(np.uint8) + np.uint8(1 << bits - 1)  # they wrap around
+                yield pack_codes(unsigned, bits), stored, shape if first + start == 0 else nothing
 
     return Piece(tensors, parts, rows * width)

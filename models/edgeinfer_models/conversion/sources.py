@@ -216,6 +216,11 @@ class SafetensorsSource:
             )
         path, scale = self._find(self._scale_of[name])
         _, tensor = self._find(name)
+        if scale.dtype not in _PLAIN_GGUF:
+            raise ModelFileInvalid(
+                f"{self._name}: the scales '{scale.name}' are of the type {scale.dtype}, which is none of"
+                " scales'; download the model again"
+            )
         shape = scale.shape or (1,)
         stored = _read(path, HELD_AS[scale.dtype], scale.start, shape, 0, shape[0])
         values = to_float32(stored, scale.dtype)
