@@ -65,7 +65,9 @@ def measure(bar: Bar) -> None:
             figures = (f"{size / 1e6:.1f}", f"{plan.bits_per_weight:.2f}", f"{seconds:.1f}")
             rows.append((name, *figures, f"{off:.4f}", f"{kl:.4f}", said[:40].replace("\n", " ")))
             bar.require(f"{name}: furthest off {off:.4f} <= {MOST_OFF[name]}", off <= MOST_OFF[name])
-            bar.require(f"{name}: {levels} levels a group <= {1 << bits(name)}", levels <= 1 << bits(name))
+            bar.require(
+                f"{name}: {levels} levels a group <= {1 << bits(name)}", levels <= 1 << bits(name)
+            )
             bar.require(f"{name}: mean KL {kl:.4f} <= {most}", kl <= most)
             bar.require(f"{name}: answers in words: {said[:40]!r}", is_sane(said))
     reference.close()

@@ -113,7 +113,8 @@ def test_int8_in_the_kernel_has_the_file_s_codes(
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("int8", 0.05), ("int4", 0.5), ("fp8", 0.2), ("mlx-4bit", 0.6), ("mlx-8bit", 0.05)]
+    ("name", "most"),
+    [("int8", 0.05), ("int4", 0.5), ("fp8", 0.2), ("mlx-4bit", 0.6), ("mlx-8bit", 0.05)],
 )
 def test_logits_are_the_original_s_within_the_rounding(
     name: str, most: float, folders: Mapping[str, Path], load: Callable[..., Runtime]

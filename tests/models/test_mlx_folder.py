@@ -34,7 +34,9 @@ def on_the_processor() -> None:
     mx.set_default_device(mx.cpu)
 
 
-def made(model: SourceModel, out: Path, bits: int = 4, group: int = 64, dtype: str | None = None) -> Path:
+def made(
+    model: SourceModel, out: Path, bits: int = 4, group: int = 64, dtype: str | None = None
+) -> Path:
     packing = packing_for(model, bits, group)
     wanted = dtype or kept_as(model)
     write_mlx(out, model, packing, mlx_pieces(model, packing, dtype=wanted), dtype=wanted)

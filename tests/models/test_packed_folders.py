@@ -220,7 +220,9 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     if not path:
         return new
-    return {key: replaced(each, path[1:], new) if key == path[0] else each for key, each in value.items()}
+    return {
+        key: replaced(each, path[1:], new) if key == path[0] else each for key, each in value.items()
+    }
 
 
 @given(
