@@ -332,10 +332,11 @@ Output = Annotated[
     ),
 ]
 WeightType = Annotated[
-    str,
+    str | None,
     _option(
         "type",
-        "Of the weights: f16, bf16, f32, or one of ggml's, like q4_0, q4_k_m, q8_0.",
+        "Of the weights: f16 (default), bf16, f32; one of ggml's, like q4_0, q4_k_m, q8_0; of MLX's,"
+        " mlx-4bit or mlx-8bit; int8, int4 or fp8 for torch.",
         "TYPE",
         _WEIGHTS,
     ),
@@ -361,7 +362,33 @@ ImatrixFile = Annotated[
     ),
 ]
 To = Annotated[
-    str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
+    str | None,
+    _option(
+        "to",
+        "gguf: one file (default); safetensors: a Hugging Face folder; mlx: a folder for mlx-lm (of"
+        " mlx-4bit, if no --type says otherwise).",
+        "FORM",
+        _WEIGHTS,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    _option(
+        "group-size",
+        "Weights that share a scale, of mlx-4bit, mlx-8bit (default 64) and int4 (32): 32, 64 or 128.",
+        "N",
+        _WEIGHTS,
+    ),
+]
+ScaleType = Annotated[
+    str | None,
+    _option(
+        "scale-type",
+        "Of a quantized folder's scales and of what is not quantized in it: f16, bf16 or f32. Default:"
+        " what the model has.",
+        "TYPE",
+        _WEIGHTS,
+    ),
 ]
 Force = Annotated[bool, _switch("force", "Replace a file that is there; never a folder.")]
 Host = Annotated[

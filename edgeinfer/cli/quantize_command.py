@@ -21,19 +21,29 @@ Source = Annotated[
 def quantize(
     model: Source,
     output: options.Output = None,
-    type_name: options.WeightType = "f16",
+    type_name: options.WeightType = None,
     method: options.Method = None,
     imatrix: options.ImatrixFile = None,
-    to: options.To = "gguf",
+    to: options.To = None,
+    group_size: options.GroupSize = None,
+    scale_type: options.ScaleType = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a model's weights in fewer bits, or in another form: safetensors to GGUF and back."""
+    from edgeinfer.cli.folder_output import is_folder_type, write_folder
     from edgeinfer.quantize.quantization import TYPES
 
     chosen = _checked_method(method, imatrix)
+    if is_folder_type(type_name, to, group_size, scale_type):
+        path = _found(model)
+        write_folder(
+            path, type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
+        )
+        return
+    type_name, to = type_name or "f16", to or "gguf"
     if type_name in TYPES:
         if to != "gguf":
             raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")

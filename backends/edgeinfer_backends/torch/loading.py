@@ -55,7 +55,7 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
         _check_kernels(settings, types, device)
         tokenizer = tokenizer_of(model)
         dtype = DTYPES[types.computed]
-        decoder = load_decoder(model, dtype, device, types.held, progress)
+        decoder = load_decoder(model, dtype, device, types.held, progress, as_stored=types.as_stored)
         identity = {
             **_identity(files, model),
             "numbers": f"{types.computed}/{types.held}",
@@ -93,6 +93,8 @@ def number_types(model: SourceModel, load_as: LoadAs, device: torch.device) -> N
         fast_bf16=is_fast_at_bf16(device),
         device=device.type,
         family=model.family.name,
+        has_kernels=device.type == "cpu"
+        or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from edgeinfer.errors import LoadFailed
 from edgeinfer_backends.torch.decoder import Decoder
 from edgeinfer_backends.torch.number_types import Held
+from edgeinfer_backends.torch.packed_linear import packed_linear
 from edgeinfer_backends.torch.quantized import quantized
 from edgeinfer_models.conversion.model import SourceModel
 from edgeinfer_models.conversion.to_gguf import check_tensors, row_chunks
@@ -19,18 +21,32 @@ Progress = Callable[[float], bool]
 
 
 def load_decoder(
-    model: SourceModel, dtype: torch.dtype, device: torch.device, held: Held, progress: Progress
+    model: SourceModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    held: Held,
+    progress: Progress,
+    *,
+    as_stored: bool = False,
 ) -> Decoder:
-    """held: what becomes of the layers' matrices, each as soon as it has been read. Raises
-    ModelFileInvalid, LoadFailed (cancelled)."""
+    """held: what becomes of the layers' matrices, each as soon as it has been read. as_stored: only of
+    those that the file has packed, with the codes they have there. Raises ModelFileInvalid, LoadFailed
+    (cancelled)."""
     rules = model.family.rules(model.shape)
     check_tensors(model.source, rules)
     with torch.device("meta"):
         decoder = Decoder(model.shape)
     names = [(rule, name) for rule in rules for name in rule.hf]
     for index, (rule, name) in enumerate(names):
+        if as_stored and rule.layer >= 0 and name.endswith(".weight"):
+            packed = packed_linear(model.source, name, held, dtype, device)
+            if packed is not None:
+                place = decoder_name(name).removesuffix(".weight")
+                packed.bias = cast(nn.Linear, decoder.get_submodule(place)).bias
+                replace_module(decoder, place, packed)
+                continue
         place, module = read_parameter(decoder, model, rule, name, dtype, device)
-        is_rounded = held != "plain" and rule.layer >= 0 and not _is_router(place)
+        is_rounded = held != "plain" and not as_stored and rule.layer >= 0 and not _is_router(place)
         if is_rounded and isinstance(module, nn.Linear) and _is_whole(module):
             replace_module(decoder, place, quantized(module, held))
         if not progress((index + 1) / (len(names) + 1)):
