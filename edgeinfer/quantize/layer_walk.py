@@ -72,6 +72,20 @@ class LayerWalk:
             if name not in seen
         ]
 
+    def squares(self, layer: int) -> dict[str, tuple[Floats, int]]:
+        """Of each matrix, each input column's squares summed up, and over how many rows; and on through
+        the layer, which is not to be changed then."""
+        sums: dict[str, npt.NDArray[np.float64]] = {}
+        rows: dict[str, int] = {}
+        for start, part in self._state_parts():
+            after, captured = self._layers.capture(layer, part)
+            self.states[start : start + len(part)] = after
+            for name, given in captured.items():
+                own = np.einsum("ij,ij->j", given, given, dtype=np.float64)
+                sums[name] = sums.get(name, 0) + own
+                rows[name] = rows.get(name, 0) + len(given)
+        return {name: (total.astype(np.float32), rows[name]) for name, total in sums.items()}
+
     def go_on(self, layer: int) -> None:
         for start, part in self._state_parts():
             self.states[start : start + len(part)] = self._layers.run(layer, part)

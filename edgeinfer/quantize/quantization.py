@@ -67,6 +67,12 @@ class Quantization:
         return {**found, **(self.imatrix.metadata() if self.imatrix else {})}
 
     @property
+    def changed(self) -> dict[str, str | None]:
+        """As `chosen`, but None where a tensor has the type already."""
+        own = {name: _own_type(self.source, name) for name in self.chosen}
+        return {name: None if kind == own[name] else kind for name, kind in self.chosen.items()}
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.num_bytes / self.elements
 
@@ -132,14 +138,15 @@ def quantize(
     progress: Progress = lambda _: None,
     *,
     encode: Encode | None = None,
+    stored: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     threads: int = 0,
 ) -> None:
-    """encode: what makes rows into blocks; None: they are rounded (`rounding`). threads: 0: one for
-    each core. Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there),
-    BackendUnavailable, OSError. Then nothing is left of it."""
-    if encode is None:
+    """encode: what makes rows into blocks; None: they are rounded (`rounding`). stored: the data of
+    tensors that are known already. threads: 0: one for each core. Raises ModelFileInvalid,
+    UnsupportedModel, UsageError (the result is there), BackendUnavailable, OSError. Then nothing is
+    left of it.""" if encode is None:
         with rounding(plan.importance, _num_rows(plan)) as rounded:
-            quantize(plan, progress, encode=rounded, threads=threads)
+            quantize(plan, progress, encode=rounded, stored=stored, threads=threads)
         return
     source = plan.source
     if isinstance(source, GgufHeader):
@@ -149,6 +156,7 @@ def quantize(
             plan.chosen,
             plan.metadata,
             encode,
+            stored=stored,
             threads=threads,
             force=plan.force,
             progress=progress,
@@ -162,7 +170,15 @@ def quantize(
         types=plan.chosen,
         encode=encode,
     )
-    write_gguf(plan.out, source.source, parts, threads=threads, force=plan.force, progress=progress)
+    write_gguf(
+        plan.out,
+        source.source,
+        parts,
+        stored=stored,
+        threads=threads,
+        force=plan.force,
+        progress=progress,
+    )
 
 
 def _num_rows(plan: Quantization) -> dict[str, int]:

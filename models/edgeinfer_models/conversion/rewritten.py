@@ -15,7 +15,14 @@ from edgeinfer_models.conversion.floats import HELD_AS, from_float32, to_float32
 from edgeinfer_models.conversion.gguf_head import TensorEntry, entry, head
 from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import gguf_rows, places_of, require_finite, stored_bytes
-from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
+from edgeinfer_models.conversion.tensor_data import (
+    PART_BYTES,
+    Encode,
+    Part,
+    TensorData,
+    stored_data,
+    write_tensors,
+)
 from edgeinfer_models.ggml_types import row_bytes
 from edgeinfer_models.gguf_format import Cursor
 from edgeinfer_models.gguf_header import MAX_KEY_BYTES, GgufHeader, GgufTensor
@@ -40,22 +47,30 @@ def rewrite_gguf(
     metadata: Mapping[str, int | str],
     encode: Encode,
     *,
+    stored: Mapping[str, Array] | None = None,
     threads: int = 0,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """types: of each tensor; None: as it is. metadata: what is to be said anew. threads: 0: one
-    for each core. Raises ModelFileInvalid (numbers that are not finite, a file that shrank),
-    UnsupportedModel (a type nobody can read back), UsageError (the file is there), OSError; then nothing
-    is left."""
+    """types: of each tensor; None: as it is. metadata: what is to be said anew. stored: the data of
+    tensors that are known already, in their types. threads: 0: one for each core. Raises
+    ModelFileInvalid (numbers that are not finite, a file that shrank), UnsupportedModel (a type nobody
+    can read back), UsageError (the file is there), OSError; then nothing is left."""
     places = places_of(header)
+    known = stored or {}
     tensors = [
-        TensorData(
+        stored_data(known[tensor.name])
+        if tensor.name in known
+        else TensorData(
             written_bytes(tensor, types[tensor.name]),
             _parts(tensor, places[tensor.name], types[tensor.name], encode),
         )
         for tensor in header.tensors
     ]
+    assert all(
+        each.num_bytes == written_bytes(tensor, types[tensor.name])
+        for each, tensor in zip(tensors, header.tensors, strict=True)
+    )
     with NewFile(path, force=force) as new:
         new.file.write(_head(header, types, metadata))
         write_tensors(new.file, tensors, header.alignment, threads=threads, progress=progress)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +46,17 @@ class TensorData:
 
     num_bytes: int
     parts: Iterable[Part]
+
+
+def stored_data(array: Array) -> TensorData:
+    """Bytes that are known already (of a file that is mapped, say), as they are."""
+    flat = array.reshape(-1).view("uint8")
+    starts = range(0, flat.size, PART_BYTES)
+    return TensorData(flat.size, (partial(_piece, flat, start) for start in starts))
+
+
+def _piece(flat: Array, start: int) -> Array:
+    return flat[start : start + PART_BYTES]
 
 
 def write_tensors(

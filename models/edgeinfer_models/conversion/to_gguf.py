@@ -14,7 +14,14 @@ from edgeinfer.errors import ModelFileInvalid
 from edgeinfer_models.conversion.floats import HELD_AS, MOST_F16, recast, to_float32
 from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import TensorSource
-from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
+from edgeinfer_models.conversion.tensor_data import (
+    PART_BYTES,
+    Encode,
+    Part,
+    TensorData,
+    stored_data,
+    write_tensors,
+)
 from edgeinfer_models.families.changes import to_gguf
 from edgeinfer_models.families.family import Family
 from edgeinfer_models.families.shape import DecoderShape
@@ -56,26 +63,35 @@ def write_gguf(
     source: TensorSource,
     plan: GgufPlan,
     *,
+    stored: Mapping[str, Array] | None = None,
     threads: int = 0,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """threads: 0: one for each core. Raises ModelFileInvalid (a tensor that is missing, of another
-    shape, or not finite), UnsupportedModel, UsageError (the file is there), OSError."""
-    rules = plan.family.rules(plan.shape)
+    """stored: the data of tensors that are known already, by their GGUF names. threads: 0: one for each
+    core. Raises ModelFileInvalid (a tensor that is missing, of another shape, or not finite),
+    UnsupportedModel, UsageError (the file is there), OSError.""" rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
     _, factors = plan.family.shape_to_gguf(plan.shape)
     head = model_head(plan)
     tensors = [
         TensorData(4 * len(values), [partial(recast_factors, values)]) for values in factors.values()
     ]
-    tensors += [
-        TensorData(
+    known = stored or {}
+    of_rules = [
+        stored_data(known[rule.gguf])
+        if rule.gguf in known
+        else TensorData(
             tensor_bytes(rule, plan.type_of(rule)),
             _parts(source, rule, plan.type_of(rule), plan.encode),
         )
         for rule in rules
     ]
+    assert all(
+        each.num_bytes == tensor_bytes(rule, plan.type_of(rule))
+        for each, rule in zip(of_rules, rules, strict=True)
+    )
+    tensors += of_rules
     with NewFile(path, force=force) as new:
         new.file.write(head)
         write_tensors(new.file, tensors, ALIGNMENT, threads=threads, progress=progress)
