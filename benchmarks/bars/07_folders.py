@@ -1,8 +1,8 @@
 """Every kind of folder that `quantize` writes is what it says, opens where it should, and answers.
 
-From the starter, in F16 (or from its own packed file, with --packed): the numbers read back lie within half
-a step of the original's, the grid is the one that the scales span, mlx-lm or the torch backend opens the
-folder and answers a question, and its tokens' probabilities are near the original's.
+From the starter, in F16 (or from its own packed file, with --packed): the numbers read back are near the
+original's, a group has no more levels than its bits allow, mlx-lm or the torch backend opens the folder
+and answers a question, and its tokens' probabilities are near the original's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from edgeinfer_models.model_files import ModelFiles
 QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 # The largest mean KL to the original's probabilities; wide: what is sane, not what is good.
 MOST_KL = {"mlx-4bit": 0.9, "mlx-8bit": 0.01, "int8": 0.01, "int4": 0.9, "fp8": 0.05}
-# Half a step, of the largest weight of a row or group; affine groups reach from end to end.
+# Of the largest weight of a row or group: half a step, more at the end of an affine group that its grid
+# does not hit.
 MOST_OFF = {"mlx-4bit": 0.14, "mlx-8bit": 0.01, "int8": 0.006, "int4": 0.075, "fp8": 0.04}
 TOKENS = 384
 SETTINGS = RuntimeSettings(
@@ -80,8 +81,8 @@ def bits(name: str) -> int:
 
 
 def grid(plan: FolderPlan) -> tuple[float, int]:
-    """How far the furthest number read back is off, as a share of the largest of its row or group, and the
-    most levels that one group has."""
+    """How far the furthest number read back is off, as a share of the largest of its row or group, and
+    the most levels that one group has."""
     import numpy as np
 
     original, packed = plan.model.source, source_of_folder(plan.out).source

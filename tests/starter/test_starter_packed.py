@@ -1,4 +1,4 @@
-"""The starter in a folder for mlx-lm, straight from its GGUF file: what mlx-lm makes of its plain folder."""
+"""The starter in a folder for mlx-lm, straight from GGUF: what mlx-lm makes of its plain folder."""
 
 from __future__ import annotations
 

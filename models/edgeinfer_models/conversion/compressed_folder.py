@@ -2,9 +2,9 @@
 backend: the layers' matrices in int8 or fp8 with a scale for each row, or in int4 with one for each
 group. Embeddings, head, norms and routers stay as they are.
 
-Source: compressed-tensors 0.20, its forms "pack-quantized" and "float-quantized", and the schemes that it
-knows as W8A16 (here with a scale for each row), W4A16 and FP8_DYNAMIC. Not its W8A8: programs then round
-inputs to int8 too, and a small model's outliers do not survive that.
+Source: compressed-tensors 0.20, its forms "pack-quantized" and "float-quantized", and the schemes that
+it knows as W8A16 (here with a scale for each row), W4A16 and FP8_DYNAMIC. Not its W8A8: programs then
+round inputs to int8 too, and a small model's outliers do not survive that.
 """
 
 from __future__ import annotations
