@@ -144,7 +144,8 @@ def quantize(
     """encode: what makes rows into blocks; None: they are rounded (`rounding`). stored: the data of
     tensors that are known already. threads: 0: one for each core. Raises ModelFileInvalid,
     UnsupportedModel, UsageError (the result is there), BackendUnavailable, OSError. Then nothing is
-    left of it.""" if encode is None:
+    left of it."""
+    if encode is None:
         with rounding(plan.importance, _num_rows(plan)) as rounded:
             quantize(plan, progress, encode=rounded, stored=stored, threads=threads)
         return

@@ -70,7 +70,8 @@ def write_gguf(
 ) -> None:
     """stored: the data of tensors that are known already, by their GGUF names. threads: 0: one for each
     core. Raises ModelFileInvalid (a tensor that is missing, of another shape, or not finite),
-    UnsupportedModel, UsageError (the file is there), OSError.""" rules = plan.family.rules(plan.shape)
+    UnsupportedModel, UsageError (the file is there), OSError."""
+    rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
     _, factors = plan.family.shape_to_gguf(plan.shape)
     head = model_head(plan)
