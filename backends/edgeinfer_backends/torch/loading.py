@@ -48,7 +48,7 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
         device = chosen_device(settings)
         types = _number_types(model, settings, device)
         _check_kernels(settings, types, device)
-        tokenizer = _tokenizer(model)
+        tokenizer = read_tokenizer(model)
         dtype = _DTYPES[types.computed]
         decoder = load_decoder(model, dtype, device, types.held, progress)
         identity = {
@@ -107,7 +107,7 @@ def _check_kernels(settings: RuntimeSettings, types: NumberTypes, device: torch.
         raise LoadFailed("torch has no fp8 numbers on Apple's GPU; take --kv-type int8")
 
 
-def _tokenizer(model: SourceModel) -> HfTokenizer:
+def read_tokenizer(model: SourceModel) -> HfTokenizer:
     """A GGUF file's vocabulary is written as tokenizer.json first: there is one reader of it."""
     origin = model.origin
     if not isinstance(origin, GgufHeader):
