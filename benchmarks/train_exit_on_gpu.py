@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from edgeinfer.distill.openings import ChatFrame, Library
 from edgeinfer.distill.texts import Texts
 from edgeinfer.distill.training import ExitFigures, ExitTraining, TrainingPlan, summary
+from edgeinfer.errors import EdgeInferError
 from edgeinfer.exits import ExitPlace, ExitRecipe, ExitTrainer
 from edgeinfer.registry import get_backend
 from edgeinfer_models.chat_template import TemplateRenderer, template_of
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"loaded {path.name} on {trainer.device_name}")
     template = template_of(read_gguf_model(path))
     with TemplateRenderer(template.text, template.bos, template.eos) as renderer:
-        frame = ChatFrame(renderer.render, trainer.tokenizer)
+        frame = _frame(renderer, trainer)
         library = Library()
         say(f"turns: {frame.turns}")
         plan = TrainingPlan(
@@ -86,6 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer.close()
     say("done")
     return 0
+
+
+def _frame(renderer: TemplateRenderer, trainer: ExitTrainer) -> ChatFrame:
+    try:
+        return ChatFrame(renderer.render, trainer.tokenizer)
+    except EdgeInferError as error:  # the machine is there once, and the starter's template is this
+        say(f"the template's process does not work here ({error}); ChatML instead")
+        return ChatFrame(_chatml, trainer.tokenizer)
+
+
+def _chatml(messages: Sequence[Mapping[str, Any]]) -> str:
+    turns = [f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 def _write(out: Path, trainer: ExitTrainer, figures: ExitFigures) -> None:
@@ -174,7 +188,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--at-once", type=int, default=2048)
     parser.add_argument("--held-out", type=int, default=512)
-    parser.add_argument("--most-tokens", type=int, default=16_000_000)
+    parser.add_argument("--most-tokens", type=int, default=12_000_000)
     parser.add_argument("--most-rounds", type=float, default=24.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1.5e-3)

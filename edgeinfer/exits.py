@@ -75,8 +75,8 @@ class ExitRecipe:
 
     target_tokens: the likeliest tokens of the model's distribution that are learnt; what is left counts
     as nothing. sharpness: the power that their probabilities are raised to. hard_share: how much of the
-    loss is only about the likeliest one. share_of_answers: … of the weight that a token of a question
-    has."""
+    loss is only about the likeliest one. question_weight: of a token of a question;
+    one of an answer has 1."""
 
     learning_rate: float = 1.5e-3
     warm_up: float = 0.03  # as a share of the training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeinfer.distill.checked_file import load_arrays, save_arrays
 from edgeinfer.errors import ModelFileInvalid
 from edgeinfer.exits import ANSWERED, FORCED
-from edgeinfer_models.conversion.new_file import NewFile
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from edgeinfer.distill.checked_file import Array
     from edgeinfer.exits import Floats, Kinds, Tokens
 
 _FORMAT = "edgeinfer-texts-1"
+_AGAIN = "remove it, and the texts are written anew"
 
 
 @dataclass(frozen=True)
@@ -60,46 +61,29 @@ def joined(parts: Sequence[Texts]) -> Texts:
 
 def save_texts(path: Path, texts: Texts, model_digest: str) -> None:
     """Raises OSError."""
-    from safetensors.numpy import save
-
-    metadata = {"format": _FORMAT, "model": model_digest}
-    content = save(
-        {
-            "tokens": np.ascontiguousarray(texts.tokens, dtype=np.int32),
-            "kinds": np.ascontiguousarray(texts.kinds, dtype=np.uint8),
-            "groups": np.ascontiguousarray(texts.groups, dtype=np.uint8),
-            "temperatures": np.ascontiguousarray(texts.temperatures, dtype=np.float32),
-        },
-        metadata,
-    )
-    with NewFile(path, force=True) as new:
-        new.file.write(content)
+    arrays: dict[str, Array] = {
+        "tokens": texts.tokens.astype(np.int32),
+        "kinds": texts.kinds.astype(np.uint8),
+        "groups": texts.groups.astype(np.uint8),
+        "temperatures": texts.temperatures.astype(np.float32),
+    }
+    save_arrays(path, arrays, {"format": _FORMAT, "model": model_digest})
 
 
 def load_texts(path: Path, model_digest: str, vocab_size: int) -> Texts:
     """Raises ModelFileInvalid: damaged, or of another model; OSError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    content = path.read_bytes()
-    again = "remove it, and the texts are written anew"
+    heading = {"format": _FORMAT, "model": model_digest}
+    found, _ = load_arrays(path, heading, "texts", _AGAIN)
     try:
-        found = load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
         tokens, kinds = found["tokens"], found["kinds"]
         groups, temperatures = found["groups"], found["temperatures"]
-    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
-        raise ModelFileInvalid(
-            f"{path}: is no file of texts, or is damaged ({error}); {again}"
-        ) from None
-    if metadata.get("format") != _FORMAT or metadata.get("model") != model_digest:
-        raise ModelFileInvalid(f"{path}: its texts are another model's; {again}")
+    except KeyError as error:
+        raise ModelFileInvalid(f"{path}: its texts lack {error}; {_AGAIN}") from None
     fits = tokens.ndim == 2 and tokens.shape == kinds.shape and groups.shape == temperatures.shape
     fits = fits and groups.shape == tokens.shape[:1] and tokens.size > 0
-    types = (tokens.dtype, kinds.dtype, groups.dtype, temperatures.dtype)
-    if not fits or types != (np.int32, np.uint8, np.uint8, np.float32):
-        raise ModelFileInvalid(f"{path}: its parts do not fit together; {again}")
+    types = [each.dtype.name for each in (tokens, kinds, groups, temperatures)]
+    if not fits or types != ["int32", "uint8", "uint8", "float32"]:
+        raise ModelFileInvalid(f"{path}: the parts of its texts do not fit together; {_AGAIN}")
     if tokens.min() < 0 or tokens.max() >= vocab_size or kinds.max() > ANSWERED:
-        raise ModelFileInvalid(f"{path}: it has tokens that the model does not have; {again}")
+        raise ModelFileInvalid(f"{path}: its texts have tokens that the model does not have; {_AGAIN}")
     return Texts(tokens, kinds, groups, temperatures)

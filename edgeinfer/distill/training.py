@@ -1,7 +1,7 @@
 """From a model to exits that guess what it says: it writes, is read, and exits learn from it.
 
 training = ExitTraining(trainer, plan, frame, library, told)
-train, held_out = training.write(until)          # time.monotonic(), as all moments here
+train, held_out = training.write(until, at_latest)    # time.monotonic(), as all moments here
 figures = training.train(train, held_out, until)
 
 It knows no framework: a backend's `ExitTrainer` computes.
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeinfer.distill.agreement import Agreement, agreements
 from edgeinfer.distill.kept_vocabulary import coverage_of, kept_tokens
+from edgeinfer.distill.learnt import Learnt
 from edgeinfer.distill.openings import ChatFrame, Library, begun_texts
 from edgeinfer.distill.texts import Texts, joined
 from edgeinfer.errors import UsageError
@@ -100,6 +101,8 @@ class ExitFigures:
     rounds: float
     seconds: dict[str, float]
     curve: list[Point]
+    done: float = 0.0
+    steps: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -111,6 +114,7 @@ class ExitFigures:
             "held_out_texts": self.held_out_texts,
             "written_tokens": self.written_tokens,
             "learnt_tokens": self.learnt_tokens,
+            "steps": self.steps,
             "rounds": round(self.rounds, 2),
             "kept_tokens": len(self.kept),
             "kept_coverage": round(self.kept_coverage, 5),
@@ -199,11 +203,14 @@ class ExitTraining:
 
     # -- learning --------------------------------------------------------------------------------
 
-    def train(self, train: Texts, held_out: Texts, until: float) -> ExitFigures:
-        """Raises UsageError."""
+    def train(
+        self, train: Texts, held_out: Texts, until: float, learnt: Learnt | None = None
+    ) -> ExitFigures:
+        """learnt: from where to go on, with the same texts. Raises UsageError; ValueError where `learnt`
+        is of other exits."""
         plan, trainer = self._plan, self._trainer
         begin = time.monotonic()
-        kept = self._kept(train)
+        kept = self._kept(train) if learnt is None else learnt.kept
         room = trainer.texts_that_fit(plan.places, plan.recipe, train.length) - len(held_out)
         if room < 1:
             raise UsageError("there is no memory for the states of a single text; free some")
@@ -226,8 +233,14 @@ class ExitTraining:
             plan, trainer.device_name, kept, coverage, len(train), len(held_out),
             train.written_tokens, 0, 0.0, self._seconds, [],
         )  # fmt: skip
-        self._learn(figures, train, held_out, until)
+        if learnt is not None:
+            trainer.restore(learnt.state)
+        self._learn(figures, train, held_out, until, learnt)
         return figures
+
+    def learnt(self, figures: ExitFigures) -> Learnt:
+        """To be kept, so that training can go on from here."""
+        return Learnt(figures.done, figures.steps, figures.kept, self._trainer.state())
 
     def _kept(self, train: Texts) -> Tokens:
         plan, tokenizer = self._plan, self._trainer.tokenizer
@@ -249,33 +262,43 @@ class ExitTraining:
         self._told(f"read {done:,} of {len(train):,} texts, {rate:,.0f} tokens/s ({_since(begin)})")
         return train.part(0, done)
 
-    def _learn(self, figures: ExitFigures, train: Texts, held_out: Texts, until: float) -> None:
+    def _learn(
+        self,
+        figures: ExitFigures,
+        train: Texts,
+        held_out: Texts,
+        until: float,
+        learnt: Learnt | None,
+    ) -> None:
         plan, trainer = self._plan, self._trainer
         batch = min(plan.recipe.batch_texts, len(train))
         most = max(int(plan.most_rounds * len(train) / batch), 1)
+        before, figures.steps = (0.0, 0) if learnt is None else (learnt.done, learnt.steps)
+        figures.done = before
         begin = time.monotonic()
-        self._measure(figures, 0.0, begin, held_out)
+        self._measure(figures, begin, held_out)
         begin_steps = told = time.monotonic()
-        points = list(_MEASURED_AT)
-        steps, done = 0, 0.0
-        while done < 1.0:
-            trainer.step(done)
-            steps += 1
-            figures.learnt_tokens = steps * batch * train.length
-            figures.rounds = steps * batch / len(train)
+        points = [each for each in _MEASURED_AT if each > before]
+        while figures.done < 1.0:
+            trainer.step(figures.done)
+            figures.steps += 1
+            figures.learnt_tokens = figures.steps * batch * train.length
+            figures.rounds = figures.steps * batch / len(train)
             now = time.monotonic()
-            done = max(steps / most, (now - begin_steps) / max(until - begin_steps, 1e-3))
+            passed = (now - begin_steps) / max(until - begin_steps, 1e-3)
+            figures.done = min(max(figures.steps / most, before + (1.0 - before) * passed), 1.0)
             if now - told > _LOSS_EVERY_S:
                 told = now
                 losses = "  ".join(f"{place.name}: {x:.3f}" for place, x in trainer.losses().items())
-                self._told(f"step {steps:,}, round {figures.rounds:.2f}, {done:.0%}, loss {losses}")
-            if points and done >= points[0]:
-                points = [each for each in points if each > done]
-                self._measure(figures, done, begin, held_out)
-        self._measure(figures, 1.0, begin, held_out)
+                at = f"step {figures.steps:,}, round {figures.rounds:.2f}, {figures.done:.0%}"
+                self._told(f"{at}, loss {losses}")
+            if points and points[0] <= figures.done < 1.0:
+                points = [each for each in points if each > figures.done]
+                self._measure(figures, begin, held_out)
+        self._measure(figures, begin, held_out)
         self._seconds["learning"] = time.monotonic() - begin
 
-    def _measure(self, figures: ExitFigures, done: float, begin: float, held_out: Texts) -> None:
+    def _measure(self, figures: ExitFigures, begin: float, held_out: Texts) -> None:
         losses = self._trainer.losses()
         predicted = self._trainer.predict()
         found = {
@@ -283,7 +306,7 @@ class ExitTraining:
             for place, guessed in predicted.exits.items()
         }
         seconds = time.monotonic() - begin
-        point = Point(done, seconds, figures.learnt_tokens, losses, found)
+        point = Point(figures.done, seconds, figures.learnt_tokens, losses, found)
         figures.curve.append(point)
         self._told(point.line())
         self._on_point(figures)

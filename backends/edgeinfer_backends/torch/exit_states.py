@@ -37,7 +37,9 @@ class CausalTexts:
             # (n, heads, d) to (texts, heads, length, d)
             heads.append(each.view(self._texts, -1, *each.shape[1:]).transpose(1, 2))
         if shared > 1:  # not every kernel divides heads itself
-            heads[1:] = [each.repeat_interleave(shared, dim=1) for each in heads[1:]]
+            heads[1:] = [
+                each.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) for each in heads[1:]
+            ]
         found = functional.scaled_dot_product_attention(
             heads[0], heads[1], heads[2], is_causal=True, scale=self._scale
         )

@@ -8,6 +8,7 @@ trainer.step(done=0.0)
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ class ExitLayers(nn.Module):
 
 @dataclass
 class _Learning:
-    """What there is after `begin`. order: of texts that were not read yet in this round."""
+    """What there is after `begin`. order: of the texts in this round, on the device, so that no step
+    waits for a copy. used: how many of them were learnt from."""
 
     recipe: ExitRecipe
     kept: Tensor
@@ -85,8 +87,9 @@ class _Learning:
     held_out: Captured
     reader: StateReader
     random: torch.Generator
-    order: list[int]
+    order: Tensor
     losses: dict[ExitPlace, Tensor]
+    used: int = 0
 
 
 class TorchExitTrainer:
@@ -150,6 +153,7 @@ class TorchExitTrainer:
 
     def end_writing(self) -> None:
         self._writer = None
+        gc.collect()  # its steps hold it and it holds them
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -206,7 +210,7 @@ class TorchExitTrainer:
             Captured.empty(held_out, length, layers, targets, like),
             reader,
             torch.Generator().manual_seed(recipe.seed),
-            [],
+            torch.empty(0, dtype=torch.int64, device=device),
             {},
         )
 
@@ -226,7 +230,7 @@ class TorchExitTrainer:
         learning.losses.clear()
         for group in learning.optimizer.param_groups:
             group["lr"] = learning.recipe.rate_at(done)
-        chosen = torch.tensor(self._next_texts(), device=self._device)
+        chosen = self._next_texts()
         texts = learning.texts
         targets = texts.targets[chosen].flatten(0, 1).long()
         shares = _target_shares(texts.shares[chosen].flatten(0, 1).float(), learning.recipe)
@@ -328,14 +332,15 @@ class TorchExitTrainer:
         ]
         return learning.kept[torch.cat(best)].view(states.shape[:2])
 
-    def _next_texts(self) -> list[int]:
+    def _next_texts(self) -> Tensor:
+        """Indices. What is left of a round and fills no batch is left out."""
         learning = self._begun()
         count = min(learning.recipe.batch_texts, learning.texts.filled)
-        if len(learning.order) < count:
+        if learning.used + count > len(learning.order):
             order = torch.randperm(learning.texts.filled, generator=learning.random)
-            learning.order = [*learning.order, *(int(each) for each in order)]
-        found, learning.order = learning.order[:count], learning.order[count:]
-        return found
+            learning.order, learning.used = order.to(self._device), 0
+        learning.used += count
+        return learning.order[learning.used - count : learning.used]
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":
@@ -354,7 +359,7 @@ def _weights(kinds: Kinds, question_weight: float) -> Floats:
 
 
 def _target_shares(shares: Tensor, recipe: ExitRecipe) -> Tensor:
-    """shares: (n, k), of the model's whole distribution. Each row of the result adds up to 1, or to 0."""
+    """shares: (n, k), of the model's whole distribution. The rows that come back add up to 1 or 0."""
     found = shares if recipe.sharpness == 1.0 else shares.pow(recipe.sharpness)
     total = found.sum(dim=-1, keepdim=True)
     found = found / total.clamp_min(1e-9) * (total > 0)
