@@ -1,5 +1,5 @@
-"""Exits on an NVIDIA GPU: texts written and read as recorded graphs, and what is learnt from them. Skipped
-where there is no such device."""
+"""Exits on an NVIDIA GPU: texts written and read as recorded graphs, and what is learnt from them.
+Skipped where there is no such device."""
 
 from __future__ import annotations
 
