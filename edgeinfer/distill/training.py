@@ -295,8 +295,8 @@ class ExitTraining:
             if points and points[0] <= figures.done < 1.0:
                 points = [each for each in points if each > figures.done]
                 self._measure(figures, begin, held_out)
-        self._measure(figures, begin, held_out)
         self._seconds["learning"] = time.monotonic() - begin
+        self._measure(figures, begin, held_out)
 
     def _measure(self, figures: ExitFigures, begin: float, held_out: Texts) -> None:
         losses = self._trainer.losses()
