@@ -1,4 +1,4 @@
-"""Model folders of any size that take no disk: weights that are holes in files (all zeros).
+"""Models of any size that take no disk: weights that are holes in files (all zeros).
 
 What is read and computed is as much as with other numbers.
 """
@@ -73,3 +73,18 @@ def write_holes(folder: Path, config: Mapping[str, Any]) -> int:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
     return total
+
+
+def write_holes_gguf(path: Path, folder: Path) -> int:
+    """The same model as one GGUF file in BF16. Returns the bytes of its weights."""
+    from edgeinfer_models.conversion.model import source_of_folder
+    from edgeinfer_models.conversion.to_gguf import ALIGNMENT, GgufPlan, model_head, rule_bytes
+
+    model = source_of_folder(folder)
+    plan = GgufPlan(model.family, model.shape, "BF16", model.gguf_metadata())
+    sizes = [rule_bytes(rule, plan.dtype) for rule in model.family.rules(model.shape)]
+    head = model_head(plan)
+    path.write_bytes(head)
+    with path.open("r+b") as file:
+        file.truncate(len(head) + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    return sum(sizes)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.alternate import Side
 from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
-from edgeinfer.measure.quality import CHUNK
 from edgeinfer.measure.streams import Prompts
+from edgeinfer.quality.predictions import CHUNK
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 

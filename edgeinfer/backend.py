@@ -244,11 +244,17 @@ class Layers(Protocol):
 
     def capture(self, layer: int, states: Floats) -> tuple[Floats, Mapping[str, Floats]]:
         """The states after a layer, and what each of its matrices was given: (rows, in). Rows are
-        texts x n, but for experts: those that were routed to it."""
+        texts x n, but for experts: those that were routed to it. Matrices that are given the same share
+        one array."""
         ...
 
     def head(self, states: Floats) -> Floats:
         """The logits of states after the last layer: (texts, n, vocab_size)."""
+        ...
+
+    def differentiate_head(self, states: Floats, gradient: Floats) -> Floats:
+        """gradient: of something with respect to the logits that `head` makes of the states. Returns its
+        gradient with respect to the states."""
         ...
 
     def weight(self, layer: int, matrix: str) -> Floats:
@@ -267,6 +273,19 @@ class Layers(Protocol):
         respect to the states before, and to each matrix that is not quantized (of experts: zeros where
         none was routed to them). Quantized ones count by what their numbers mean."""
         ...
+
+
+class LayeredModel(Protocol):
+    """What `Backend.open_layers` opens. Of a layer that another was used after, what replaced its
+    matrices is forgotten: they are read again."""
+
+    @property
+    def layers(self) -> Layers: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def close(self) -> None: ...
 
 
 class Runtime(ABC):
@@ -487,6 +506,12 @@ class Backend(ABC):
         """path: of a GGUF file or a folder. device: "auto", or as the backend names it. told: is given
         what a user should know. Raises BackendUnavailable, LoadFailed, UnsupportedModel, and
         NotImplementedError where the backend trains nothing."""
+        raise NotImplementedError
+
+    def open_layers(self, files: ModelFiles, context: int) -> LayeredModel:
+        """A model to be gone through layer by layer, in order or backwards: its matrices are in memory
+        only while their layer is used. context: the longest text. Raises BackendUnavailable,
+        UnsupportedModel, LoadFailed, and NotImplementedError where the backend has no such access."""
         raise NotImplementedError
 
     def switches(self) -> Mapping[str, str]:

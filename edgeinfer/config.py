@@ -63,6 +63,7 @@ KEYS: Mapping[str, Kind] = {
     "raw": "switch",
     "suite": "text",
     "settings": "text",
+    "reference": "text",
     "text": "text",
     "tokens": "whole",
     "prompt-tokens": "counts",

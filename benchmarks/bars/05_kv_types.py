@@ -19,8 +19,9 @@ from benchmarks.kv_types import CONTEXT, LEAST_DECODE, LEAST_PREFILL, THREADS, l
 from benchmarks.model_files import starter_f16, starter_q4_0
 from benchmarks.peers import PeerError, peer
 from benchmarks.verdict import Bar, run_bar
-from edgeinfer.measure.quality import CHUNK, agreement
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import agreement
+from edgeinfer.quality.predictions import CHUNK
 
 MOST_MEMORY, MOST_KL = 0.535, 0.002
 OTHERS = ("bf16", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")

@@ -19,8 +19,9 @@ from benchmarks.model_files import starter
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Window
-from edgeinfer.measure.quality import Streamed, perplexity, recomputed, slices, stream
+from edgeinfer.measure.long_texts import Streamed, recomputed, slices, stream
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.predictions import perplexity
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 

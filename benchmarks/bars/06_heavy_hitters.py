@@ -18,9 +18,10 @@ from benchmarks.model_files import starter
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Eviction, Window
-from edgeinfer.measure.quality import CHUNK, perplexity, stream
+from edgeinfer.measure.long_texts import stream
 from edgeinfer.measure.recall import PLACES, recall
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.predictions import CHUNK, perplexity
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 

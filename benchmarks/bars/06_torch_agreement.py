@@ -17,8 +17,9 @@ from benchmarks.alternate import table
 from benchmarks.model_files import gemma_f16, starter_f16
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import Runtime, RuntimeSettings
-from edgeinfer.measure.quality import CHUNK, agreement
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import agreement
+from edgeinfer.quality.predictions import CHUNK
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 

@@ -19,8 +19,9 @@ from benchmarks.alternate import table
 from benchmarks.model_files import starter
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import Runtime, RuntimeSettings
-from edgeinfer.measure.quality import CHUNK, Agreement, agreement
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import Agreement, agreement
+from edgeinfer.quality.predictions import CHUNK
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 

@@ -21,7 +21,9 @@ LEAST_TOKENS = 256
 
 
 def evaluate(
+    context: typer.Context,
     model: options.Model = None,
+    reference: options.Reference = None,
     suite: options.EvalSuite = "kv",
     settings: options.EvalSettings = None,
     text: options.Text = None,
@@ -35,7 +37,8 @@ def evaluate(
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure what a quantized KV cache or a window costs in quality."""
+    """Measure what a quantized KV cache, a window or quantized weights cost in quality."""
+    from edgeinfer.cli.comparison import compare
     from edgeinfer.cli.opening import KV_TYPES, open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.measure.eval_report import check_eval_picture
@@ -50,13 +53,8 @@ def evaluate(
     from edgeinfer.measure.texts import measured_text
     from edgeinfer.open import check_choices, plan_open
 
-    chosen = next((name for name in SUITES if name == suite), None)
-    if chosen is None:
-        raise UsageError(f"--suite {suite[:40]!r} does not exist; there are {', '.join(SUITES)}")
-    wanted = parse_settings(chosen, settings or DEFAULT_SETTINGS[chosen], KV_TYPES[1:])
     if tokens is not None and not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         raise UsageError(f"--tokens {tokens} is outside [{LEAST_TOKENS}, {MOST_TOKENS}]")
-    plan = EvalPlan(chosen, wanted, tokens or DEFAULT_TOKENS[chosen], measured_text(text))
     picture = None if plot is None else Path(plot).expanduser()
     if picture is not None:
         check_eval_picture(picture)
@@ -72,6 +70,26 @@ def evaluate(
         kv_type_v=None,
         cache_ram="0",
     )
+    if reference is not None:
+        for name in ("suite", "settings"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UsageError(f"--{name} does not go with --reference: two models are compared")
+        compare(
+            opened,
+            reference,
+            measured_text(text),
+            tokens or DEFAULT_TOKENS["reference"],
+            picture,
+            quiet=quiet,
+            json_output=json_output,
+        )
+        return
+    chosen = next((name for name in SUITES if name == suite), None)
+    if chosen is None:
+        raise UsageError(f"--suite {suite[:40]!r} does not exist; there are {', '.join(SUITES)}")
+    wanted = parse_settings(chosen, settings or DEFAULT_SETTINGS[chosen], KV_TYPES[1:])
+    plan = EvalPlan(chosen, wanted, tokens or DEFAULT_TOKENS[chosen], measured_text(text))
     status = StatusLine(enabled=not quiet)
 
     def show(what: str, fraction: float) -> None:

@@ -287,6 +287,15 @@ EvalSuite = Annotated[
         _MEASURE,
     ),
 ]
+Reference = Annotated[
+    str | None,
+    _option(
+        "reference",
+        "Another model of the same vocabulary: how far MODEL's predictions lie from its.",
+        "MODEL",
+        _MEASURE,
+    ),
+]
 EvalSettings = Annotated[
     str | None,
     _option(
@@ -302,7 +311,14 @@ Text = Annotated[
     _option("text", "A file of text. Default: Python's own documentation.", "FILE", _MEASURE),
 ]
 Tokens = Annotated[
-    int | None, _option("tokens", "Of the text. Default: 2000 for kv, 10000 for stream.", "N", _MEASURE)
+    int | None,
+    _option(
+        "tokens",
+        "Of the text. Default: 2000 for kv, 10000 for stream, 5000 for --reference (about a minute with"
+        " a model of 135M on two cores).",
+        "N",
+        _MEASURE,
+    ),
 ]
 Repeat = Annotated[int, _option("repeat", "Samples of each figure.", "N", _MEASURE)]
 Warmup = Annotated[int, _option("warmup", "Runs before them that do not count.", "N", _MEASURE)]
@@ -316,16 +332,63 @@ Output = Annotated[
     ),
 ]
 WeightType = Annotated[
-    str,
+    str | None,
     _option(
         "type",
-        "Of the weights: f16, bf16, f32, or one of ggml's, like q4_0, q4_k_m, q8_0.",
+        "Of the weights: f16 (default), bf16, f32; one of ggml's, like q4_0, q4_k_m, q8_0; of MLX's,"
+        " mlx-4bit or mlx-8bit; int8, int4 or fp8 for torch.",
         "TYPE",
         _WEIGHTS,
     ),
 ]
+Method = Annotated[
+    str | None,
+    _option(
+        "method",
+        "How weights are rounded. rtn: each by itself; imatrix: those that matter more come out closer."
+        " Default: imatrix where --imatrix is given, else rtn.",
+        "METHOD",
+        _WEIGHTS,
+        default=False,
+    ),
+]
+ImatrixFile = Annotated[
+    str | None,
+    _option(
+        "imatrix",
+        "How much each column of the weights matters: a file of llama-imatrix, GGUF or the older form.",
+        "FILE",
+        _WEIGHTS,
+    ),
+]
 To = Annotated[
-    str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)
+    str | None,
+    _option(
+        "to",
+        "gguf: one file (default); safetensors: a Hugging Face folder; mlx: a folder for mlx-lm (of"
+        " mlx-4bit, if no --type says otherwise).",
+        "FORM",
+        _WEIGHTS,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    _option(
+        "group-size",
+        "Weights that share a scale, of mlx-4bit, mlx-8bit (default 64) and int4 (32): 32, 64 or 128.",
+        "N",
+        _WEIGHTS,
+    ),
+]
+ScaleType = Annotated[
+    str | None,
+    _option(
+        "scale-type",
+        "Of a quantized folder's scales and of what is not quantized in it: f16, bf16 or f32. Default:"
+        " what the model has.",
+        "TYPE",
+        _WEIGHTS,
+    ),
 ]
 Force = Annotated[bool, _switch("force", "Replace a file that is there; never a folder.")]
 Host = Annotated[

@@ -21,21 +21,46 @@ Source = Annotated[
 def quantize(
     model: Source,
     output: options.Output = None,
-    type_name: options.WeightType = "f16",
-    to: options.To = "gguf",
+    type_name: options.WeightType = None,
+    method: options.Method = None,
+    imatrix: options.ImatrixFile = None,
+    to: options.To = None,
+    group_size: options.GroupSize = None,
+    scale_type: options.ScaleType = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a model's weights in fewer bits, or in another form: safetensors to GGUF and back."""
+    from edgeinfer.cli.folder_output import is_folder_type, write_folder
     from edgeinfer.quantize.quantization import TYPES
 
+    chosen = _checked_method(method, imatrix)
+    if is_folder_type(type_name, to, group_size, scale_type):
+        path = _found(model)
+        write_folder(
+            path, type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
+        )
+        return
+    type_name, to = type_name or "f16", to or "gguf"
     if type_name in TYPES:
         if to != "gguf":
             raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")
-        _quantize(model, output, type_name, force=force, quiet=quiet, json_output=json_output)
+        _quantize(
+            model,
+            output,
+            type_name,
+            chosen,
+            imatrix,
+            force=force,
+            quiet=quiet,
+            json_output=json_output,
+        )
         return
+    if method is not None or imatrix is not None:
+        given = "--method" if imatrix is None else "--imatrix"
+        raise UsageError(f"{given} is for fewer bits, which --type {type_name[:40]!r} is not")
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
     from edgeinfer.quantize.conversion import CONTAINERS, convert, plan_conversion
@@ -69,16 +94,42 @@ def quantize(
     emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype.lower()}\n")
 
 
+def _checked_method(method: str | None, imatrix: str | None) -> str:
+    from edgeinfer.quantize.quantization import METHODS
+
+    found = method or ("rtn" if imatrix is None else "imatrix")
+    if found not in METHODS:
+        raise UsageError(f"--method {found[:40]!r} is not one of {', '.join(METHODS)}")
+    if found == "imatrix" and imatrix is None:
+        raise UsageError(
+            "--method imatrix needs to know which weights matter: give a file of llama-imatrix with"
+            " --imatrix FILE"
+        )
+    if found == "rtn" and imatrix is not None:
+        raise UsageError("--method rtn takes no importance matrix; leave --imatrix out, or --method")
+    return found
+
+
 def _quantize(
-    model: str, output: str | None, type_name: str, *, force: bool, quiet: bool, json_output: bool
+    model: str,
+    output: str | None,
+    type_name: str,
+    method: str,
+    imatrix: str | None,
+    *,
+    force: bool,
+    quiet: bool,
+    json_output: bool,
 ) -> None:
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
+    from edgeinfer.quantize.importance import named_imatrix
     from edgeinfer.quantize.quantization import opened, plan_quantization, quantize
 
     path = _found(model)
     out = None if output is None else Path(output).expanduser()
-    plan = plan_quantization(opened(path), path, type_name, out, force=force)
+    named = None if imatrix is None else named_imatrix(Path(imatrix).expanduser())
+    plan = plan_quantization(opened(path), path, type_name, out, force=force, imatrix=named)
     status = StatusLine(enabled=not quiet)
     try:
         quantize(plan, lambda done: status.show(f"writing {plan.out.name} … {done:.0%}"))
@@ -92,7 +143,7 @@ def _quantize(
             {
                 "output": str(plan.out),
                 "type": type_name,
-                "method": "rtn",
+                "method": method,
                 "bytes": plan.num_bytes,
                 "bits_per_weight": plan.bits_per_weight,
                 "bytes_by_type": shares,

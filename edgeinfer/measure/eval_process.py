@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,16 +17,12 @@ from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import EdgeInferError, MeasureFailed
 from edgeinfer.measure.evaluation import REFERENCE, EvalPlan, Setting
-from edgeinfer.measure.quality import (
-    CHUNK,
-    Agreement,
-    agreement,
-    perplexity,
-    recomputed,
-    slices,
-    stream,
-)
+from edgeinfer.measure.long_texts import recomputed, slices, stream
 from edgeinfer.measure.recall import recall
+from edgeinfer.quality.agreement import Agreement, agreement
+from edgeinfer.quality.predictions import CHUNK, chunk_of, perplexity
+from edgeinfer.quality.reference import Reference, agreement_with, write_reference
+from edgeinfer.quality.windows import SIZE, Windows, windows_of
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 
@@ -33,24 +30,39 @@ PROGRESS_S = 0.1
 MIN_TOKENS = 2 * CHUNK
 
 
+@dataclass(frozen=True)
+class _Loading:
+    backend: str
+    files: ModelFiles
+    settings: RuntimeSettings
+
+    @classmethod
+    def from_wire(cls, values: dict[str, Any]) -> _Loading:
+        files = dict(values["files"])
+        files["paths"] = tuple(Path(path) for path in files["paths"])
+        files["weight_types"] = tuple((name, size) for name, size in files["weight_types"])
+        settings = dict(values["settings"])
+        settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
+        return cls(values["backend"], ModelFiles(**files), RuntimeSettings(**settings))
+
+
 class EvalProcess:
     def __init__(self, job: dict[str, Any], output: IO[bytes]) -> None:
         self._output = output
-        self._last_told = 0.0
+        self._last_told, self._last_what = 0.0, ""
         plan = dict(job["plan"])
         plan["settings"] = tuple(Setting(**each) for each in plan["settings"])
         self.plan = EvalPlan(**plan)
-        files = dict(job["files"])
-        files["paths"] = tuple(Path(path) for path in files["paths"])
-        files["weight_types"] = tuple((name, size) for name, size in files["weight_types"])
-        self._files = ModelFiles(**files)
-        settings = dict(job["settings"])
-        settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
-        self._settings = RuntimeSettings(**settings)
-        self._backend = get_backend(job["backend"])
+        self._model = _Loading.from_wire(job["model"])
+        self._reference = _Loading.from_wire(job["reference"]) if job["reference"] else None
 
     def run(self) -> None:
-        suites = {"kv": self._kv, "stream": self._stream, "recall": self._recall}
+        suites = {
+            "kv": self._kv,
+            "stream": self._stream,
+            "recall": self._recall,
+            "reference": self._against_reference,
+        }
         suites[self.plan.suite]()
 
     # -- suites ----------------------------------------------------------------------------------
@@ -69,21 +81,8 @@ class EvalProcess:
                     self._tell_agreement(str(setting), runtime, found)
 
     def _tell_agreement(self, name: str, runtime: Runtime, found: Agreement) -> None:
-        self._send(
-            {
-                "row": {
-                    "setting": name,
-                    "tokens": len(found.kl),
-                    "bytes_per_token": runtime.facts.kv_bytes_per_token,
-                    "mean_kl": found.mean_kl,
-                    "median_kl": found.median_kl,
-                    "p99_kl": found.p99_kl,
-                    "top1": found.top1,
-                    "perplexity": perplexity(found.nll),
-                    "reference_perplexity": perplexity(found.reference_nll),
-                }
-            }
-        )
+        size = runtime.facts.kv_bytes_per_token
+        self._send({"row": {"setting": name, "bytes_per_token": size, **_figures(found)}})
 
     def _stream(self) -> None:
         """Perplexity in slices, and of the end against reading it afresh with the same window."""
@@ -130,12 +129,51 @@ class EvalProcess:
                 found = recall(runtime, tokens, window, self.plan.facts, show)
             self._send({"row": {"setting": str(setting), "places": [asdict(each) for each in found]}})
 
+    def _against_reference(self) -> None:
+        """What two models predict of one text, one after the other, so that the larger alone has to fit;
+        and the reference against itself in other steps: the noise floor."""
+        assert self._reference is not None  # noqa: S101 (the suite's)
+        try:
+            with tempfile.TemporaryFile() as file:  # it has no name: nothing is left, however this ends
+                windows, reference = self._read_reference(file, _in_windows(self._reference))
+                self._read_model(_in_windows(self._model), windows, reference)
+        except OSError as error:
+            raise MeasureFailed(
+                f"{tempfile.gettempdir()}: the reference's predictions cannot be kept there"
+                f" ({error.strerror or error}); free some room, or name another folder in TMPDIR"
+            ) from None
+
+    def _read_reference(self, file: IO[bytes], model: _Loading) -> tuple[Windows, Reference]:
+        with self._opened(model) as runtime:
+            windows = windows_of(runtime, self.plan.text, self.plan.tokens, first=self.plan.first)
+            show = self._progress(f"reading with {model.files.name}")
+            reference = write_reference(file, runtime, windows, progress=show)
+            beginning = windows.beginning(-(-len(windows.counts) // 8))
+            show = self._progress("the noise floor")
+            other_steps = max(1, chunk_of(runtime) // 2)
+            found = agreement_with(reference, runtime, beginning, show, other_steps)
+        self._send({"row": {"setting": "noise floor", **_figures(found)}})
+        return windows, reference
+
+    def _read_model(self, model: _Loading, windows: Windows, reference: Reference) -> None:
+        with self._opened(model) as runtime:
+            if runtime.facts.vocab_size == reference.vocab_size:
+                own = windows_of(runtime, self.plan.text, self.plan.tokens, first=self.plan.first)
+                if own != windows:
+                    raise MeasureFailed(
+                        "the two models have different tokenizers: they read the same text as other"
+                        " tokens, so their predictions cannot be compared"
+                    )
+            show = self._progress(f"reading with {model.files.name}")
+            found = agreement_with(reference, runtime, windows, show)
+        self._send({"row": {"setting": model.files.name, **_figures(found)}})
+
     # -- parts -----------------------------------------------------------------------------------
 
     @contextmanager
     def _loaded(self, setting: Setting, context: int, logit_rows: int = CHUNK) -> Iterator[Runtime]:
         settings = replace(
-            self._settings,
+            self._model.settings,
             context=-(-context // 256) * 256,
             sequences=1,
             logit_rows=logit_rows,
@@ -143,13 +181,18 @@ class EvalProcess:
             kv_type_v=setting.kv_type_v,
             heavy_hitters=setting.eviction == "h2o",
         )
-        show = self._progress(f"loading for {setting}")
+        with self._opened(replace(self._model, settings=settings), str(setting)) as runtime:
+            yield runtime
+
+    @contextmanager
+    def _opened(self, model: _Loading, what_for: str = "") -> Iterator[Runtime]:
+        show = self._progress(f"loading {model.files.name}" + (what_for and f" for {what_for}"))
 
         def progress(done: float) -> bool:
             show(done)
             return True
 
-        runtime = self._backend.load(self._files, settings, progress)
+        runtime = get_backend(model.backend).load(model.files, model.settings, progress)
         try:
             yield runtime
         finally:
@@ -164,8 +207,8 @@ class EvalProcess:
     def _progress(self, what: str) -> Callable[[float], None]:
         def show(done: float) -> None:
             now = time.monotonic()
-            if now - self._last_told >= PROGRESS_S:
-                self._last_told = now
+            if what != self._last_what or now - self._last_told >= PROGRESS_S:
+                self._last_what, self._last_told = what, now
                 self._send({"what": what, "progress": done})
 
         return show
@@ -173,6 +216,23 @@ class EvalProcess:
     def _send(self, message: dict[str, Any]) -> None:
         self._output.write(json.dumps(message).encode() + b"\n")
         self._output.flush()
+
+
+def _figures(found: Agreement) -> dict[str, Any]:
+    return {
+        "tokens": len(found.kl),
+        "mean_kl": found.mean_kl,
+        "median_kl": found.median_kl,
+        "p99_kl": found.p99_kl,
+        "top1": found.top1,
+        "perplexity": found.perplexity,
+        "reference_perplexity": found.reference_perplexity,
+    }
+
+
+def _in_windows(model: _Loading) -> _Loading:
+    settings = replace(model.settings, context=SIZE, sequences=1, logit_rows=CHUNK)
+    return replace(model, settings=settings)
 
 
 def main() -> None:

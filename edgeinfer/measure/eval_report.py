@@ -32,6 +32,28 @@ def table_of(suite: str, rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tup
             )
             for row in rows
         ]
+    if suite == "reference":
+        heads = (
+            "model",
+            "tokens",
+            "KL mean",
+            "median",
+            "p99",
+            "top-1",
+            "perplexity",
+            "of the reference",
+        )
+        return heads, [
+            (
+                row["setting"],
+                f"{row['tokens']:,}",
+                *_small(row["mean_kl"], row["median_kl"], row["p99_kl"]),
+                f"{row['top1']:.2%}",
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity'] / row['reference_perplexity']:.4f} x",
+            )
+            for row in rows
+        ]
     if suite == "stream":
         heads = ("KV:window:sinks", "tokens", "evicted", "cells", "perplexity", "read afresh", "ratio")
         return heads, [
@@ -60,6 +82,11 @@ def table_of(suite: str, rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tup
     ]
 
 
+def _small(*values: float) -> list[str]:
+    """A noise floor is a hundred-thousandth, a loss half a nat."""
+    return [f"{value:.5f}" if value >= 0.001 or not value else f"{value:.1e}" for value in values]
+
+
 def check_eval_picture(path: Path) -> None:
     """Raises UsageError, ExtraMissing."""
     check_picture(path)
@@ -72,19 +99,33 @@ def draw_eval(path: Path, title: str, suite: str, rows: Sequence[Row]) -> None:
     canvas = Canvas(figsize=(7.5, 4.2), layout="constrained")
     canvas.suptitle(title, fontsize=11)
     axes = canvas.subplots()
-    {"kv": _draw_kv, "stream": _draw_stream, "recall": _draw_recall}[suite](axes, rows)
+    draw = {
+        "kv": _draw_kv,
+        "stream": _draw_stream,
+        "recall": _draw_recall,
+        "reference": _draw_reference,
+    }
+    draw[suite](axes, rows)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     save_picture(canvas, path)
 
 
 def _draw_kv(axes: Axes, rows: Sequence[Row]) -> None:
+    _draw_divergences(axes, rows, "KL divergence from f16, nats")
+
+
+def _draw_reference(axes: Axes, rows: Sequence[Row]) -> None:
+    _draw_divergences(axes, rows, "KL divergence from the reference, nats")
+
+
+def _draw_divergences(axes: Axes, rows: Sequence[Row], label: str) -> None:
     places = range(len(rows))
     for name, marker in (("mean_kl", "o"), ("median_kl", "_"), ("p99_kl", "^")):
         values = [max(row[name], 1e-9) for row in rows]
         axes.plot(places, values, marker, markersize=8, label=name.replace("_kl", ""))
     axes.set_yscale("log")
-    axes.set_ylabel("KL divergence from f16, nats")
+    axes.set_ylabel(label)
     axes.set_xticks(list(places), [row["setting"] for row in rows])
     axes.legend(frameon=False)
 

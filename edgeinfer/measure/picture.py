@@ -27,20 +27,25 @@ _TITLES: Mapping[Metric, tuple[str, str]] = {
 _SAMPLES, _MEDIAN = "#8fb3d9", "#14508c"
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, option: str = "--plot") -> None:
     """Whether a picture can be made and written there, before anything is measured.
 
     Raises UsageError (a name or folder that cannot be), ExtraMissing.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--plot {path.name[:60]!r} must end in {' or '.join(SUFFIXES)}")
+        raise UsageError(f"{option} {path.name[:60]!r} must end in {' or '.join(SUFFIXES)}")
+    check_place(path, option)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ExtraMissing(f"{option} needs matplotlib; install it: pip install 'edgeinfer[plot]'")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raises UsageError where no file can be written."""
     folder = path.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
         raise UsageError(
-            f"--plot {str(path)[:200]!r} cannot be written; name a file in a folder of yours"
+            f"{option} {str(path)[:200]!r} cannot be written; name a file in a folder of yours"
         )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ExtraMissing("--plot needs matplotlib; install it: pip install 'edgeinfer[plot]'")
 
 
 def draw_report(path: Path, title: str, figures: Sequence[Figure]) -> None:
@@ -62,9 +67,14 @@ def save_picture(canvas: Any, path: Path) -> None:
     """Write a matplotlib Figure, whole or not at all. Raises OSError."""
     data = io.BytesIO()
     canvas.savefig(data, format=path.suffix.lower().lstrip("."), dpi=150)
+    save_whole(path, data.getvalue())
+
+
+def save_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(data.getvalue())
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

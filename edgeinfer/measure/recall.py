@@ -16,7 +16,8 @@ from typing import Literal
 from edgeinfer.backend import Runtime
 from edgeinfer.engine.eviction import let_go
 from edgeinfer.engine.window import Window
-from edgeinfer.measure.quality import chunk_of, log_softmax, rows
+from edgeinfer.measure.long_texts import chunk_through
+from edgeinfer.quality.predictions import log_softmax, rows
 
 Place = Literal["in the window", "evicted", "in the sinks"]
 PLACES: tuple[Place, ...] = ("in the window", "evicted", "in the sinks")
@@ -105,7 +106,7 @@ def _ask(
     head = window.head(kept)
     tokens = [*text, *answer]
     first = len(text)  # of the answer
-    chunk = chunk_of(runtime, window, head)
+    chunk = chunk_through(runtime, window, head)
     sequence = runtime.open()
     total, whole = 0.0, True
     try:

@@ -3,41 +3,48 @@
 plan = plan_quantization(opened(path), path, "q4_0", out=None, force=False)
 quantize(plan, progress)
 
-So far every number is rounded by itself ("rtn"), in ggml's types, mixed as llama.cpp's presets are.
+Numbers are rounded each by itself ("rtn"), or weighed by an importance matrix, or become what another
+`encode` makes of them, in ggml's types, mixed as llama.cpp's presets are.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.errors import UsageError
 from edgeinfer.quantize.conversion import TYPES
-from edgeinfer.registry import get_backend
+from edgeinfer.quantize.importance import NamedImatrix, importance_by_tensor
+from edgeinfer.quantize.rounding import rounding
 from edgeinfer_models.config import config_from_gguf
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.model import SourceModel, source_of_folder
 from edgeinfer_models.conversion.presets import MixtureFacts, choose_types, file_type
 from edgeinfer_models.conversion.rewritten import rewrite_gguf, written_bytes
+from edgeinfer_models.conversion.tensor_data import Encode
 from edgeinfer_models.conversion.to_gguf import GgufPlan, check_tensors, tensor_bytes, write_gguf
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import read_gguf_model
 
 if TYPE_CHECKING:
-    from edgeinfer_models.conversion.to_gguf import Encode
+    import numpy as np
+    import numpy.typing as npt
 
+METHODS = ("rtn", "imatrix")
 _OF_BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 Progress = Callable[[float], None]
 Source = SourceModel | GgufHeader
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """types: of each tensor in the file, by its GGUF name. num_bytes and elements: of all tensors."""
+    """types: of each tensor in the file, by its GGUF name. num_bytes and elements: of all tensors.
+    importance: see `rounding`. metadata: what the file says beside what the model does."""
 
     source: Source
     preset: str
@@ -48,6 +55,16 @@ class Quantization:
     num_bytes: int
     elements: int
     notes: tuple[str, ...]
+    imatrix: NamedImatrix | None = None
+    importance: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, int | str]:
+        found: dict[str, int | str] = {
+            "general.file_type": file_type(self.preset),
+            "general.quantization_version": _QUANTIZATION_VERSION,
+        }
+        return {**found, **(self.imatrix.metadata() if self.imatrix else {})}
 
     @property
     def bits_per_weight(self) -> float:
@@ -68,12 +85,23 @@ def opened(path: Path) -> Source:
 
 
 def plan_quantization(
-    source: Source, beside: Path, type_name: str, out: Path | None, *, force: bool
+    source: Source,
+    beside: Path,
+    type_name: str,
+    out: Path | None,
+    *,
+    force: bool,
+    imatrix: NamedImatrix | None = None,
 ) -> Quantization:
     """Everything that can be found out before a byte is written. type_name: of TYPES. beside: the
     model's own path. Raises UsageError, UnsupportedModel, ModelFileInvalid."""
     preset = type_name.upper()
-    chosen = choose_types(preset, _shapes(source), _facts(source))
+    shapes = _shapes(source)
+    chosen = choose_types(preset, shapes, _facts(source), has_imatrix=imatrix is not None)
+    importance: Mapping[str, npt.NDArray[np.float32]] = {}
+    if imatrix is not None:
+        rounded = {n: kind for n, kind in chosen.items() if kind and kind != _own_type(source, n)}
+        importance = importance_by_tensor(imatrix, preset, shapes, rounded)
     target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}-{type_name}.gguf"
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
@@ -82,36 +110,64 @@ def plan_quantization(
     if lacking:
         raise UsageError(f"{target}: {lacking}; free some, or give another -o")
     types = {name: kind or _own_type(source, name) for name, kind in chosen.items()}
-    elements = sum(_product(shape) for shape in _shapes(source).values())
+    elements = sum(_product(shape) for shape in shapes.values())
     notes = _notes(source, preset, chosen)
-    return Quantization(source, preset, types, chosen, target, force, num_bytes, elements, notes)
+    return Quantization(
+        source,
+        preset,
+        types,
+        chosen,
+        target,
+        force,
+        num_bytes,
+        elements,
+        notes,
+        imatrix,
+        importance,
+    )
 
 
-def quantize(plan: Quantization, progress: Progress = lambda _: None, threads: int = 0) -> None:
-    """Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there), BackendUnavailable,
-    OSError. Then nothing is left of it."""
-    rows = get_backend("llamacpp").row_quantizer(threads)
-    encode: Encode = rows.quantize
-    number = file_type(plan.preset)
+def quantize(
+    plan: Quantization,
+    progress: Progress = lambda _: None,
+    *,
+    encode: Encode | None = None,
+    threads: int = 0,
+) -> None:
+    """encode: what makes rows into blocks; None: they are rounded (`rounding`). threads: 0: one for
+    each core. Raises ModelFileInvalid, UnsupportedModel, UsageError (the result is there),
+    BackendUnavailable, OSError. Then nothing is left of it."""
+    if encode is None:
+        with rounding(plan.importance, _num_rows(plan)) as rounded:
+            quantize(plan, progress, encode=rounded, threads=threads)
+        return
     source = plan.source
-    try:
-        if isinstance(source, GgufHeader):
-            rewrite_gguf(
-                plan.out, source, plan.chosen, number, encode, force=plan.force, progress=progress
-            )
-            return
-        parts = GgufPlan(
-            source.family,
-            source.shape,
-            "F32",
-            source.gguf_metadata(),
-            types=plan.chosen,
-            encode=encode,
-            file_type=number,
+    if isinstance(source, GgufHeader):
+        rewrite_gguf(
+            plan.out,
+            source,
+            plan.chosen,
+            plan.metadata,
+            encode,
+            threads=threads,
+            force=plan.force,
+            progress=progress,
         )
-        write_gguf(plan.out, source.source, parts, force=plan.force, progress=progress)
-    finally:
-        rows.close()
+        return
+    parts = GgufPlan(
+        source.family,
+        source.shape,
+        "F32",
+        {**source.gguf_metadata(), **plan.metadata},
+        types=plan.chosen,
+        encode=encode,
+    )
+    write_gguf(plan.out, source.source, parts, threads=threads, force=plan.force, progress=progress)
+
+
+def _num_rows(plan: Quantization) -> dict[str, int]:
+    """Of one matrix of each tensor that is weighed."""
+    return {name: shape[-2] for name, shape in _shapes(plan.source).items() if name in plan.importance}
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:

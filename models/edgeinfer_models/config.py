@@ -165,11 +165,11 @@ def config_from_hf(folder: Path) -> ModelConfig:
         sliding_window=window,
         num_experts=values.integer("num_local_experts", "num_experts", "n_routed_experts", default=0),
         num_experts_used=values.integer("num_experts_per_tok", default=0),
-        parameters=_num_weights(model, _packing(outer)),
+        parameters=_num_weights(model),
         file_bytes=sum(shard.file_bytes for shard in model.shards),
         weights_bytes=weights,
         licence=_readme_licence(folder),
-        quantization=_packing(outer).upper() or max(dtypes, key=lambda d: dtypes[d], default=""),
+        quantization=_packed_as(outer) or max(dtypes, key=lambda d: dtypes[d], default=""),
         is_tied=all(tensor.name != "lm_head.weight" for tensor in model.tensors),
         model_type=str(outer.get("model_type") or ""),
         packing=_packing(outer),
@@ -184,18 +184,61 @@ def _packing(config: Mapping[str, Any]) -> str:
     return method if isinstance(method, str) and method else "unknown"
 
 
-def _num_weights(model: SafetensorsFolder, packing: str) -> int:
+def _packed_as(config: Mapping[str, Any]) -> str:
+    """What packed weights are called; "" for plain ones."""
+    of_mlx = config.get("quantization")
+    if isinstance(of_mlx, dict):
+        return f"MLX-{str(of_mlx.get('bits'))[:4]}BIT"
+    packing = _packing(config)
+    if packing == "compressed-tensors":
+        kind = _compressed_kind(config["quantization_config"])
+        return f"{kind[0].upper()}{kind[1]}" if kind else packing.upper()
+    return packing.upper()
+
+
+def _compressed_kind(quantization: Mapping[str, Any]) -> tuple[str, int] | None:
+    """("int" or "fp", bits) of compressed-tensors' weights, where one kind is for all of them."""
+    groups = quantization.get("config_groups")
+    found: set[tuple[str, int]] = set()
+    for each in groups.values() if isinstance(groups, dict) else ():
+        weights = each.get("weights") if isinstance(each, dict) else None
+        kind, bits = (
+            (weights.get("type"), weights.get("num_bits")) if isinstance(weights, dict) else (0, 0)
+        )
+        if kind in ("int", "float") and type(bits) is int and 2 <= bits <= 8:
+            found.add(("int" if kind == "int" else "fp", bits))
+    return found.pop() if len(found) == 1 else None
+
+
+# Of a matrix's parts those that stand for no weights of their own.
+_BESIDE_CODES = (
+    ".qzeros", ".scales", ".biases", ".g_idx", "_scale", "_scale_inv", ".weight_shape",
+    ".weight_zero_point", ".weight_g_idx",
+)  # fmt: skip
+
+
+def _num_weights(model: SafetensorsFolder) -> int:
     """Without the scales beside them; packed ones as many as they stand for."""
-    if packing not in ("gptq", "awq"):
-        return sum(t.elements for t in model.tensors if not t.name.endswith(("_scale", "_scale_inv")))
-    quantization = model.config["quantization_config"]
-    bits = quantization.get("bits", quantization.get("w_bit"))
-    in_a_word = 32 // bits if bits in (2, 4, 8) else 8
+    config = model.config
+    packing, given = _packing(config), config.get("quantization")
+    of_mlx: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    names = {tensor.name for tensor in model.tensors}
     total = 0
     for tensor in model.tensors:
-        if tensor.name.endswith(".qweight"):
-            total += tensor.elements * in_a_word
-        elif not tensor.name.endswith((".qzeros", ".scales", ".g_idx")):
+        stem = tensor.name.removesuffix(".weight")
+        if of_mlx and stem != tensor.name and f"{stem}.scales" in names:
+            own = of_mlx.get(stem)
+            bits = (own if isinstance(own, dict) else of_mlx).get("bits")
+            total += tensor.elements * 32 // (bits if bits in (2, 3, 4, 5, 6, 8) else 4)
+        elif tensor.name.endswith(".qweight"):
+            said = config.get("quantization_config")
+            quantization = said if isinstance(said, dict) else {}
+            bits = quantization.get("bits", quantization.get("w_bit"))
+            total += tensor.elements * (32 // bits if bits in (2, 4, 8) else 8)
+        elif packing == "compressed-tensors" and tensor.name.endswith(".weight_packed"):
+            kind = _compressed_kind(config["quantization_config"])
+            total += tensor.elements * 32 // (kind[1] if kind else 4)
+        elif not tensor.name.endswith(_BESIDE_CODES):
             total += tensor.elements
     return total
 

@@ -165,6 +165,17 @@ def test_ctrl_c_with_json_is_one_object(console: Console, start: Start, script: 
     assert session.last_words == []
 
 
+def test_ctrl_c_ends_a_comparison_of_models(console: Console, start: Start, script: Script) -> None:
+    arguments = script(step_s=0.2)
+    session = start("eval", "--reference", arguments[-1], *arguments)
+    session.until(lambda: b"reading with" in session.err)
+    session.interrupt()
+    assert session.end() == 130
+    assert session.out == b"" and b"Traceback" not in session.err
+    assert len(session.last_words) == 1
+    console.wait_until_nothing_runs()
+
+
 def test_many_ctrl_c_in_a_row_are_no_worse_than_one(
     console: Console, start: Start, script: Script
 ) -> None:

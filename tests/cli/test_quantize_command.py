@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from edgeinfer_models.conversion.imatrix import Columns, Imatrix, write_imatrix
+from edgeinfer_models.gguf_header import read_gguf_header
 from tests.cli.conftest import Console
 from tests.fixtures_hf import write_tiny_folder
 
@@ -137,3 +140,81 @@ def test_a_type_that_there_is_not_names_those_there_are(console: Console, folder
     assert "q4_k_m" in done.error_line
     packed = console("quantize", folder, "--type", "q4_0", "--to", "safetensors")
     assert "--type q4_0 is a type of GGUF files" in packed.error_line
+
+
+def write_importance(path: Path, width: int = 64, *, name: str = "blk.{}.ffn_up.weight") -> Path:
+    """Of one matrix in each of the tiny model's layers."""
+    random = np.random.default_rng(1)
+    tensors = {
+        name.format(layer): Columns(
+            random.gamma(1.0, 9.0, (1, width)).astype(np.float32), np.array([256])
+        )
+        for layer in range(2)
+    }
+    write_imatrix(path, Imatrix(tensors, ("wiki.txt",), chunk_size=128, chunk_count=2))
+    return path
+
+
+def test_an_importance_matrix_changes_its_tensors_and_is_named_in_the_file(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    file = write_importance(tmp_path / "some.imatrix")
+    plain, weighed = tmp_path / "plain.gguf", tmp_path / "weighed.gguf"
+    done = console("quantize", folder, "--type", "q5_1", "-o", plain, "--json")
+    assert (done.code, done.json["method"]) == (0, "rtn")
+    done = console("quantize", folder, "--type", "q5_1", "-o", weighed, "--imatrix", file, "--json")
+    assert (done.code, done.json["method"]) == (0, "imatrix")
+    headers = [read_gguf_header(path) for path in (plain, weighed)]
+    data = [path.read_bytes() for path in (plain, weighed)]
+    changed = set()
+    for tensor in headers[0].tensors:
+        twin = headers[1].tensor(tensor.name)
+        assert twin is not None and twin.type_name == tensor.type_name
+        begins = [h.data_offset + t.offset for h, t in zip(headers, (tensor, twin), strict=True)]
+        one, other = (d[at : at + tensor.num_bytes] for d, at in zip(data, begins, strict=True))
+        changed |= {tensor.name} if one != other else set()
+    assert changed == {"blk.0.ffn_up.weight", "blk.1.ffn_up.weight"}
+    said = {key: value for key, value in headers[1].metadata.items() if "imatrix" in key}
+    assert said == {
+        "quantize.imatrix.file": "some.imatrix",
+        "quantize.imatrix.dataset": "wiki.txt",
+        "quantize.imatrix.entries_count": 2,
+        "quantize.imatrix.chunks_count": 2,
+    }
+    assert not any("imatrix" in key for key in headers[0].metadata)
+    assert answer(console, weighed)
+    # Rounded again without one, a file says no longer that it had one.
+    done = console("quantize", weighed, "--type", "q4_0", "-o", tmp_path / "again.gguf")
+    assert done.code == 0
+    assert not any("imatrix" in key for key in read_gguf_header(tmp_path / "again.gguf").metadata)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--type", "q4_0", "--method", "imatrix"), 2, "give a file of llama-imatrix with --imatrix"),
+        (("--type", "q4_0", "--method", "best"), 2, "--method 'best' is not one of rtn, imatrix"),
+        (("--type", "q4_0", "--method", "rtn", "--imatrix", "FILE"), 2, "takes no importance matrix"),
+        (("--type", "f16", "--imatrix", "FILE"), 2, "--imatrix is for fewer bits"),
+        (("--type", "f16", "--method", "rtn"), 2, "--method is for fewer bits"),
+        (("--type", "q4_0", "--imatrix", "/nowhere/at.all"), 1, "/nowhere/at.all: no such file"),
+        (("--type", "q4_0", "--imatrix", "TEXT"), 1, "no importance matrix but seems to be a text file"),
+        (("--type", "q4_0", "--imatrix", "OTHER"), 2, "none of its 2 entries ('layers.0.w', …) is of a"),
+        (("--type", "q4_0", "--imatrix", "WIDE"), 2, "has 96 columns for 'blk.0.ffn_up.weight', which"),
+    ],
+)
+def test_an_importance_matrix_that_cannot_be_used_is_one_line(
+    console: Console, folder: Path, tmp_path: Path, options: tuple[str, ...], code: int, said: str
+) -> None:
+    files = {
+        "FILE": write_importance(tmp_path / "a.imatrix"),
+        "OTHER": write_importance(tmp_path / "b.imatrix", name="layers.{}.w"),
+        "WIDE": write_importance(tmp_path / "c.imatrix", 96),
+        "TEXT": tmp_path / "text.txt",
+    }
+    files["TEXT"].write_text("How the work goes on.\n" * 40)
+    before = set(tmp_path.iterdir())
+    done = console("quantize", folder, *(files.get(option, option) for option in options))
+    assert done.code == code, done.err
+    assert said in done.error_line
+    assert set(tmp_path.iterdir()) == before

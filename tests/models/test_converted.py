@@ -352,7 +352,7 @@ def test_an_original_that_changes_meanwhile_is_not_taken(folder: Path) -> None:
 
 def test_a_model_that_cannot_be_converted_says_why(tmp_path: Path) -> None:
     folder = write_tiny_folder(
-        tmp_path / "packed", config={"quantization": {"group_size": 64, "bits": 4}}
+        tmp_path / "packed", config={"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
     )
-    with pytest.raises(UnsupportedModel, match="weights that MLX quantized cannot be unpacked"):
+    with pytest.raises(UnsupportedModel, match="weights that MLX quantized in the mode 'mxfp4'"):
         source_of(files_of(folder))

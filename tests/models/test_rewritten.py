@@ -151,3 +151,95 @@ def test_progress_rises_to_one_and_may_end_it(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantized(path, "q4_0", tmp_path / "other.gguf", progress=stop)
     assert not list(tmp_path.glob("*other*"))
+
+
+def test_experts_are_weighed_each_by_its_own_importance(tmp_path: Path) -> None:
+    """In both forms of file, and from both forms of model: a part may hold rows of several."""
+    from edgeinfer.quantize.importance import named_imatrix
+    from edgeinfer_models.conversion.imatrix import Columns, Imatrix, write_imatrix
+
+    config = full(CONFIGS["mixtral"])
+    folder = write_folder(tmp_path / "model", config)
+    path = converted(folder, config, "F32")
+    name = "blk.1.ffn_up_exps.weight"
+    random = np.random.default_rng(5)
+    sums = random.gamma(0.5, 300.0, (4, 64)).astype(np.float32)
+    counts = np.array([128, 64, 0, 32])
+    imatrix = Imatrix({name: Columns(sums, counts)}, ("text",), chunk_size=128, chunk_count=1)
+    write_imatrix(tmp_path / "new", imatrix)
+    write_imatrix(tmp_path / "old", imatrix, "dat")
+    source = opened(path)
+    rows = next(t for t in source.tensors if t.name == name)  # type: ignore[union-attr]
+    values = np.fromfile(path, "<f4", rows.elements, offset=source.data_offset + rows.offset)  # type: ignore[union-attr]
+    rounder = get_backend("llamacpp").row_quantizer(1)
+    weights = imatrix.importance(name)
+    assert weights is not None and (weights[2] == 1.0).all()
+    expected = np.concatenate(
+        [
+            rounder.quantize("Q5_1", matrix, columns)
+            for matrix, columns in zip(values.reshape(4, -1, 64), weights, strict=True)
+        ]
+    )
+    rounder.close()
+    for form in ("new", "old"):
+        out = tmp_path / f"{form}.gguf"
+        named = named_imatrix(tmp_path / form)
+        quantize(plan_quantization(source, path, "q5_1", out, force=False, imatrix=named))
+        header = read_gguf_header(out)
+        tensor = header.tensor(name)
+        assert tensor is not None and tensor.num_bytes == expected.size
+        found = np.fromfile(out, np.uint8, expected.size, offset=header.data_offset + tensor.offset)
+        if form == "new":
+            assert np.array_equal(found, expected.ravel())
+        else:  # its means were rounded once more
+            assert (found != expected.ravel()).mean() < 0.01
+
+
+def test_an_encoder_is_told_which_rows_it_gets(tmp_path: Path) -> None:
+    """One that takes their blocks from elsewhere can rely on it, experts included."""
+    config = full({**CONFIGS["mixtral"], "hidden_size": 256, "intermediate_size": 1600})
+    folder = write_folder(tmp_path / "model", config)
+    path = converted(folder, config, "F16")
+    for tokenizer in ("tokenizer.json", "tokenizer_config.json"):
+        tiny = write_tiny_folder(tmp_path / f"tiny-{tokenizer}")
+        (folder / tokenizer).write_text((tiny / tokenizer).read_text())
+    plain = quantized(path, "q8_0", tmp_path / "plain.gguf")
+    header = read_gguf_header(plain)
+    data = plain.read_bytes()
+    seen: set[tuple[str, int]] = set()
+
+    def stored(name: str, type_name: str, rows: Any, first_row: int) -> Any:
+        seen.add((name, first_row))
+        tensor = header.tensor(name)
+        assert tensor is not None and tensor.type_name == type_name
+        width = tensor.num_bytes * tensor.shape[0] // tensor.elements
+        begin = header.data_offset + tensor.offset + first_row * width
+        found = np.frombuffer(data[begin : begin + len(rows) * width], np.uint8)
+        return found.reshape(len(rows), width)
+
+    again = quantized(path, "q8_0", tmp_path / "again.gguf", encode=stored)
+    assert again.read_bytes() == data
+    name = "blk.0.ffn_up_exps.weight"
+    firsts = sorted(row for found, row in seen if found == name)
+    assert firsts[0] == 0 and firsts[1] % 1600, "a part ends within a matrix"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_byte(tmp_path: Path, threads: int) -> None:
+    config = full({**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 2304})
+    path = converted(write_folder(tmp_path / "model", config), config, "F16")
+    one = quantized(path, "q4_0", tmp_path / "one.gguf", threads=2)
+    other = quantized(path, "q4_0", tmp_path / "other.gguf", threads=threads)
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_first_error_in_the_file_is_told_whichever_thread_comes_first(tmp_path: Path) -> None:
+    config = full({**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 2304})
+    path = converted(write_folder(tmp_path / "model", config), config, "F16")
+
+    def failing(name: str, type_name: str, rows: Any, first_row: int) -> Any:
+        raise ModelFileInvalid(f"{name} {first_row}")
+
+    with pytest.raises(ModelFileInvalid, match=r"token_embd.weight 0"):
+        quantized(path, "q4_0", tmp_path / "out.gguf", encode=failing)
+    assert not list(tmp_path.glob("*out*"))

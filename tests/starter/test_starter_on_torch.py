@@ -12,8 +12,10 @@ import pytest
 
 from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Window
-from edgeinfer.measure.quality import agreement, perplexity, stream
+from edgeinfer.measure.long_texts import stream
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import agreement
+from edgeinfer.quality.predictions import perplexity
 from edgeinfer.registry import get_backend
 from edgeinfer_backends.torch import TorchBackend
 from edgeinfer_models.conversion.conversion import convert, prepare_conversion

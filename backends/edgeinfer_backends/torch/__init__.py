@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from edgeinfer.backend import (
     LOAD_AS,
     Backend,
     Device,
+    LayeredModel,
     MemoryItem,
     Probe,
     Progress,
@@ -57,17 +59,28 @@ class TorchBackend(Backend):
         return predict_memory(config, settings, devices)
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
-        if files.format not in self.formats:
-            raise LoadFailed(f"{files.name} is a {files.format} model; torch reads safetensors and GGUF")
         if settings.adapters:
             raise LoadFailed("adapters are not supported yet")
+        with self._opening(files):
+            from edgeinfer_backends.torch.loading import load_runtime
+
+            return load_runtime(files, settings, progress)
+
+    def open_layers(self, files: ModelFiles, context: int) -> LayeredModel:
+        with self._opening(files):
+            from edgeinfer_backends.torch.streamed_layers import open_streamed
+
+            return open_streamed(files, context)
+
+    @contextmanager
+    def _opening(self, files: ModelFiles) -> Iterator[None]:
+        if files.format not in self.formats:
+            raise LoadFailed(f"{files.name} is a {files.format} model; torch reads safetensors and GGUF")
         found = self.probe()
         if not found.usable:
             raise BackendUnavailable(found.reason)
-        from edgeinfer_backends.torch.loading import load_runtime
-
         try:
-            return load_runtime(files, settings, progress)
+            yield
         except UnsupportedModel:
             raise
         except ModelError as error:  # damaged or incomplete

@@ -27,7 +27,7 @@ from edgeinfer_backends.torch.devices import is_fast_at_bf16
 from edgeinfer_backends.torch.exit_loss import cross_entropy
 from edgeinfer_backends.torch.exit_states import Captured, CausalTexts, StateReader, obstacle
 from edgeinfer_backends.torch.generation import BatchWriter
-from edgeinfer_backends.torch.loading import read_tokenizer
+from edgeinfer_backends.torch.loading import tokenizer_of
 from edgeinfer_backends.torch.weights import load_decoder
 from edgeinfer_models.conversion.model import source_of_folder, source_of_gguf
 from edgeinfer_models.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ class TorchExitTrainer:
         reason = obstacle(model.shape)
         if reason:
             raise UnsupportedModel(f"{model.name}: no exit can be trained for it: {reason}")
-        self._tokenizer = read_tokenizer(model)
+        self._tokenizer = tokenizer_of(model)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         self._decoder = load_decoder(model, dtype, self._device, "plain", lambda _: True)
         self._decoder.set_context(min(_CONTEXT, model.shape.context_trained), self._device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edgeinfer.backend import Floats
 
 Matrix = nn.Linear | Int8Linear | Int4Linear
+Part = int | Literal["embeddings", "head"]
 
 
 class WholeTexts:
@@ -62,12 +64,16 @@ class LayerAccess:
     def num_layers(self) -> int:
         return self._decoder.shape.num_layers
 
+    def _hold(self, part: Part) -> None:
+        """Called before a part of the model is used: all of it is in memory here."""
+
     def matrices(self, layer: int) -> Sequence[str]:
         return [name for name, _ in self._matrices(layer)]
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Floats:
         if not tokens or len({len(text) for text in tokens}) != 1 or not len(tokens[0]):
             raise ValueError("texts must be at least one, of equal length, and not empty")
+        self._hold("embeddings")
         flat = [token for text in tokens for token in text]
         if min(flat) < 0 or max(flat) >= self._decoder.shape.vocab_size:
             raise ValueError(f"a token is outside the vocabulary of {self._decoder.shape.vocab_size}")
@@ -88,9 +94,21 @@ class LayerAccess:
         return _to_numpy(found), captured
 
     def head(self, states: Floats) -> Floats:
-        rows = self._states(0, states)
+        rows = self._states(None, states)
+        self._hold("head")
         with torch.no_grad():
             return _to_numpy(self._decoder.logits(self._decoder.norm(rows)))
+
+    def differentiate_head(self, states: Floats, gradient: Floats) -> Floats:
+        rows = self._states(None, states).requires_grad_()
+        self._hold("head")
+        behind = torch.from_numpy(np.ascontiguousarray(gradient)).to(self._device)
+        with torch.enable_grad():
+            logits = self._decoder.logits(self._decoder.norm(rows))
+            if behind.shape != logits.shape:
+                raise ValueError(f"the gradient must have the shape {list(logits.shape)}")
+            (found,) = torch.autograd.grad(logits, rows, behind)
+        return _to_numpy(found)
 
     def weight(self, layer: int, matrix: str) -> Floats:
         found = self._matrix(layer, matrix)
@@ -154,9 +172,14 @@ class LayerAccess:
     def _listening(self, layer: int, captured: dict[str, Floats]) -> Iterator[None]:
         """Keep what every matrix is given."""
 
+        last: list[tuple[Tensor, Floats]] = []
+
         def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def listen(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-                captured[name] = _to_numpy(given[0].reshape(-1, given[0].shape[-1]))
+                if not last or last[0][0] is not given[0]:
+                    own = _to_numpy(given[0].reshape(-1, given[0].shape[-1]))
+                    last[:] = [(given[0], own)]
+                captured[name] = last[0][1]
 
             return listen
 
@@ -172,6 +195,7 @@ class LayerAccess:
     def _matrices(self, layer: int) -> list[tuple[str, Matrix]]:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"there is no layer {layer} of {self.num_layers}")
+        self._hold(layer)
         found = self._decoder.layers[layer].named_modules()
         return [(name, each) for name, each in found if isinstance(each, Matrix)]
 
@@ -181,13 +205,15 @@ class LayerAccess:
                 return matrix
         raise ValueError(f"layer {layer} has no matrix {name!r}")
 
-    def _states(self, layer: int, states: Floats) -> Tensor:
+    def _states(self, layer: int | None, states: Floats) -> Tensor:
+        """layer: that they are for; None: the head."""
         width = self._decoder.shape.hidden_size
         if states.ndim != 3 or states.shape[2] != width or not states.size:
             raise ValueError(f"states have the shape (texts, n, {width}), not {list(states.shape)}")
         if states.shape[1] > self._context:
             raise ValueError(f"texts of {states.shape[1]} tokens in a context of {self._context}")
-        self._matrices(layer)
+        if layer is not None:
+            self._matrices(layer)
         return torch.from_numpy(states.copy()).to(self._device, self._dtype)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from edgeinfer.backend import Progress, RuntimeSettings
+from edgeinfer.backend import LoadAs, Progress, RuntimeSettings
 from edgeinfer.errors import EdgeInferError, LoadFailed
 from edgeinfer_backends.torch.devices import (
     chosen_device,
@@ -31,7 +31,15 @@ from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.hf_tokenizer import HfTokenizer, read_hf_tokenizer
 from edgeinfer_models.model_files import ModelFiles
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def source_of(files: ModelFiles) -> SourceModel:
+    """Raises LoadFailed, UnsupportedModel, ModelError's of the files."""
+    if not files.paths:
+        raise LoadFailed(f"{files.name}: no weights are named")
+    is_gguf = files.format == "gguf"
+    return source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
 
 
 def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> TorchRuntime:
@@ -40,17 +48,14 @@ def load_runtime(files: ModelFiles, settings: RuntimeSettings, progress: Progres
     for setting in ("context", "sequences", "step_tokens", "logit_rows"):
         if getattr(settings, setting) < 1:
             raise ValueError(f"{setting} must be at least 1, not {getattr(settings, setting)}")
-    if not files.paths:
-        raise LoadFailed(f"{files.name}: no weights are named")
-    with _mapped(files.name):
-        is_gguf = files.format == "gguf"
-        model = source_of_gguf(files.paths[0]) if is_gguf else source_of_folder(files.paths[0].parent)
+    with mapped(files.name):
+        model = source_of(files)
         device = chosen_device(settings)
-        types = _number_types(model, settings, device)
+        types = number_types(model, settings.load_as, device)
         _check_kernels(settings, types, device)
-        tokenizer = read_tokenizer(model)
-        dtype = _DTYPES[types.computed]
-        decoder = load_decoder(model, dtype, device, types.held, progress)
+        tokenizer = tokenizer_of(model)
+        dtype = DTYPES[types.computed]
+        decoder = load_decoder(model, dtype, device, types.held, progress, as_stored=types.as_stored)
         identity = {
             **_identity(files, model),
             "numbers": f"{types.computed}/{types.held}",
@@ -76,18 +81,20 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
-def _number_types(model: SourceModel, settings: RuntimeSettings, device: torch.device) -> NumberTypes:
+def number_types(model: SourceModel, load_as: LoadAs, device: torch.device) -> NumberTypes:
     origin = model.origin
     if isinstance(origin, GgufHeader):
         config = config_from_gguf(origin)
     else:
         config = config_from_hf(origin.folder)
     return choose(
-        settings.load_as,
+        load_as,
         config.quantization,
         fast_bf16=is_fast_at_bf16(device),
         device=device.type,
         family=model.family.name,
+        has_kernels=device.type == "cpu"
+        or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)),
     )
 
 
@@ -107,7 +114,7 @@ def _check_kernels(settings: RuntimeSettings, types: NumberTypes, device: torch.
         raise LoadFailed("torch has no fp8 numbers on Apple's GPU; take --kv-type int8")
 
 
-def read_tokenizer(model: SourceModel) -> HfTokenizer:
+def tokenizer_of(model: SourceModel) -> HfTokenizer:
     """A GGUF file's vocabulary is written as tokenizer.json first: there is one reader of it."""
     origin = model.origin
     if not isinstance(origin, GgufHeader):
@@ -138,7 +145,7 @@ def _stamp(path: Path) -> str:
 
 
 @contextmanager
-def _mapped(name: str) -> Iterator[None]:
+def mapped(name: str) -> Iterator[None]:
     try:
         yield
     except EdgeInferError:

@@ -23,12 +23,15 @@ _FEW_ROWS = 96  # up to here the kernel for 4 bits beats unpacking (measured on 
 
 def quantized(linear: nn.Linear, held: Held) -> nn.Module:
     """Matrices of sizes that the kernels have not stay as they are."""
-    if held == "int8":  # CUDA multiplies by eights
-        fits = linear.in_features % 8 == 0 and linear.out_features % 8 == 0
-        return Int8Linear(linear) if fits else linear
-    if linear.in_features % GROUP or linear.out_features % 64:
+    if not has_kernel(linear.out_features, linear.in_features, held):
         return linear
-    return Int4Linear(linear)
+    return Int8Linear(linear) if held == "int8" else Int4Linear(linear)
+
+
+def has_kernel(rows: int, width: int, held: Held) -> bool:
+    if held == "int8":  # CUDA multiplies by eights
+        return width % 8 == 0 and rows % 8 == 0
+    return width % GROUP == 0 and rows % 64 == 0
 
 
 class Int8Linear(nn.Module):
@@ -53,14 +56,30 @@ class Int8Linear(nn.Module):
         worst = off.topk(most).indices.sort().values
         kept = worst[off[worst] > (_MOST_ERROR if keeps else float("inf"))]
         rounded[:, kept] = 0.0
-        self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scales", scales)
-        self.register_buffer("kept", kept)
-        self.register_buffer("kept_weight", linear.weight.detach()[:, kept].clone())
+        self._hold(rounded.to(torch.int8), scales, kept, linear.weight.detach()[:, kept].clone())
         self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._outlier = outlier
 
+    @classmethod
+    def of_codes(cls, codes: Tensor, scales: Tensor, computed: torch.dtype) -> Int8Linear:
+        """codes: (out, in) int8, scales: (out,) float32, both as a file has them. computed: the inputs'
+        type. Whoever reads its bias sets it."""
+        found = cls.__new__(cls)
+        nn.Module.__init__(found)
+        none = torch.empty(0, dtype=torch.int64, device=codes.device)
+        found._hold(codes, scales, none, torch.empty(codes.shape[0], 0, dtype=computed).to(codes.device))
+        found.bias = None
+        found._outlier = OUTLIER
+        return found
+
+    def _hold(self, codes: Tensor, scales: Tensor, kept: Tensor, kept_weight: Tensor) -> None:
+        self.register_buffer("weight", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("kept", kept)
+        self.register_buffer("kept_weight", kept_weight)
+        self.out_features, self.in_features = codes.shape
+
+    bias: nn.Parameter | None
     weight: Tensor
     scales: Tensor
     kept: Tensor
@@ -102,21 +121,34 @@ class Int4Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        wide = linear.weight.detach().float()
-        numbers, scales, offsets = rounded_to_4_bits(wide)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._size = (linear.out_features, linear.in_features)
+        self._hold(*rounded_to_4_bits(linear.weight.detach().float()), linear.weight.dtype)
+        self.bias = linear.bias
+
+    @classmethod
+    def of_codes(
+        cls, numbers: Tensor, scales: Tensor, offsets: Tensor, computed: torch.dtype
+    ) -> Int4Linear:
+        """As `rounded_to_4_bits` gives them. computed: the inputs' type. Whoever reads its bias sets
+        it."""
+        found = cls.__new__(cls)
+        nn.Module.__init__(found)
+        found._hold(numbers, scales, offsets, computed)
+        found.bias = None
+        return found
+
+    def _hold(self, numbers: Tensor, scales: Tensor, offsets: Tensor, computed: torch.dtype) -> None:
+        self.out_features, self.in_features = self._size = (numbers.shape[0], numbers.shape[1])
         pairs = torch.stack((scales, offsets), dim=-1).transpose(0, 1).contiguous()
-        is_cuda = wide.is_cuda
+        is_cuda = numbers.is_cuda
         # tinygemm's kernel is for bf16 only; the processor's for any.
-        self._computed = torch.bfloat16 if is_cuda else linear.weight.dtype
+        self._computed = torch.bfloat16 if is_cuda else computed
         self.register_buffer("scales_and_offsets", pairs.to(self._computed))
         self.register_buffer("packed", _packed(numbers))
         self._can_unpack = not is_cuda and torch.equal(
             _unpacked(self.packed, *self._size).to(torch.int32), numbers
         )
-        self.bias = linear.bias
 
+    bias: nn.Parameter | None
     packed: Tensor
     scales_and_offsets: Tensor
 

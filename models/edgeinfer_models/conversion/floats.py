@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 HELD_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
 FLOATS = tuple(HELD_AS)
 MOST_F16 = 65504.0
+_F16_INFINITY = 0x7C00
+_BIASES = 2.0**112  # the exponents' biases are 127 and 15
+_WITHOUT_COPIED_SIGNS = ~0x7000_0000  # widened from 16 bits, a sign fills those in front of the exponent
 
 
 def to_float32(array: Array, dtype: str) -> Floats:
@@ -28,7 +31,7 @@ def to_float32(array: Array, dtype: str) -> Floats:
         return (array.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E4M3":
         return _e4m3_values()[array]
-    return array.astype(np.float32, copy=False)
+    return _widened(array) if dtype == "F16" else array.astype(np.float32, copy=False)
 
 
 def from_float32(array: Floats, dtype: str) -> Array:
@@ -44,6 +47,24 @@ def from_float32(array: Floats, dtype: str) -> Array:
         with np.errstate(over="ignore"):
             return array.astype(np.float16)
     return array.astype(np.float32, copy=False)
+
+
+def _widened(halves: Array) -> Floats:
+    """F16 as F32, by moving its bits to their places: numpy's own cast takes three times as long."""
+    import numpy as np
+
+    largest_bits = int((halves.view(np.uint16) & 0x7FFF).max(initial=0))
+    # A thread whose processor takes the smallest numbers for 0 (some libraries ask for that) would lose
+    # those of F16.
+    keeps_smallest = np.float32(2.0**-149) * np.float32(_BIASES) != 0.0
+    if largest_bits >= _F16_INFINITY or not keeps_smallest:
+        return halves.astype(np.float32)
+    bits = halves.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= _WITHOUT_COPIED_SIGNS
+    values = bits.view(np.float32)
+    values *= _BIASES
+    return values
 
 
 def recast(array: Array, dtype: str, wanted: str) -> Array:

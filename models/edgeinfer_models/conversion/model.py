@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.conversion.packed import packing_of
+from edgeinfer_models.conversion.packed import Packing, packing_of
+from edgeinfer_models.conversion.packed_rows import RowPacking, mlx_packing
 from edgeinfer_models.conversion.sources import GgufSource, SafetensorsSource, TensorSource
 from edgeinfer_models.conversion.vocabulary import (
     vocabulary_notes,
@@ -91,13 +92,11 @@ def source_of_folder(folder: Path, licence: str = "") -> SourceModel:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = {**config, **inner}
-    if isinstance(config.get("quantization"), dict):
-        raise UnsupportedModel(
-            f"{where}: weights that MLX quantized cannot be unpacked yet; use the model's original"
-            " weights"
-        )
-    quantization = config.get("quantization_config")
-    packing = packing_of(quantization, where) if isinstance(quantization, dict) else None
+    packing: Packing | RowPacking | None = None
+    if isinstance(config.get("quantization"), dict):  # MLX's; its `quantization_config` says the same
+        packing = mlx_packing(config["quantization"], where)
+    elif isinstance(config.get("quantization_config"), dict):
+        packing = packing_of(config["quantization_config"], where)
     family = family_of_config(config, where)
     shape = family.shape_from_hf(config, where)
     source = SafetensorsSource(found, packing)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
+from edgeinfer_models.conversion.packed_rows import RowPacking, compressed_packing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,12 +40,14 @@ class Packing:
         return 32 // self.bits
 
 
-def packing_of(quantization: Mapping[str, Any], where: str) -> Packing | None:
+def packing_of(quantization: Mapping[str, Any], where: str) -> Packing | RowPacking | None:
     """Of config.json's `quantization_config`; None for plain or 8-bit float weights. Raises
     UnsupportedModel for what cannot be unpacked, with the reason."""
     method = quantization.get("quant_method")
     if method == "fp8":
         return None
+    if method == "compressed-tensors":
+        return compressed_packing(quantization, where)
     bits, group = quantization.get("bits", 4), quantization.get("group_size", 128)
     reason = ""
     if method not in ("gptq", "awq"):

@@ -94,6 +94,15 @@ def choose_types(
     return {name: chooser.choose(name, shapes[name]) for name in names}
 
 
+def needs_importance(preset: str, name: str, kind: str) -> bool:
+    """Whether a tensor of this type, in a file of this preset, would be garbage without it."""
+    if _role(name) in ("output", "embeddings"):
+        return False
+    if kind == "Q2_K":
+        return preset == "Q2_K_S"
+    return kind in ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+
+
 class _Chooser:
     def __init__(
         self,
@@ -116,19 +125,12 @@ class _Chooser:
         role = _role(name)
         found = self._mixed(role, name, shape[-1])
         found = _fitting(found, shape[-1])
-        if not self._has_imatrix and self._needs_imatrix(found, role):
+        if not self._has_imatrix and needs_importance(self._preset, name, found):
             raise UsageError(
-                f"--type {self._preset.lower()} needs to know which weights matter (tensor '{name}'),"
-                " which comes later; take q3_k_m or larger"
+                f"--type {self._preset.lower()} needs to know which weights matter (tensor '{name}');"
+                " give an importance matrix with --imatrix FILE, or take q3_k_m or larger"
             )
         return found
-
-    def _needs_imatrix(self, kind: str, role: Role) -> bool:
-        if role in ("output", "embeddings"):
-            return False
-        if kind == "Q2_K":
-            return self._preset == "Q2_K_S"
-        return kind in ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 
     def _mixed(self, role: Role, name: str, width: int) -> str:
         if role == "output" or (role == "embeddings" and self._is_tied):

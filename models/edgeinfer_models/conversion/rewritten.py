@@ -6,32 +6,30 @@ Of any architecture: nothing of the model has to be understood for that.
 from __future__ import annotations
 
 import mmap
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer_models.conversion.floats import HELD_AS, from_float32, to_float32
+from edgeinfer_models.conversion.gguf_head import TensorEntry, entry, head
 from edgeinfer_models.conversion.new_file import NewFile
-from edgeinfer_models.conversion.sources import gguf_rows, places_of, require_finite
-from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
+from edgeinfer_models.conversion.sources import gguf_rows, places_of, require_finite, stored_bytes
+from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
+from edgeinfer_models.ggml_types import row_bytes
 from edgeinfer_models.gguf_format import Cursor
-from edgeinfer_models.gguf_header import MAGIC, MAX_KEY_BYTES, GgufHeader, GgufTensor
+from edgeinfer_models.gguf_header import MAX_KEY_BYTES, GgufHeader, GgufTensor
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
-    # Rows of float32 as a type's blocks: (n, bytes of a row).
-    Encode = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.uint8]]
 
-_CHUNK_BYTES = 2**24  # of F32 numbers at a time
-_VERSION = 3
-_U32, _STRING = 4, 8  # of GGUF's value types
-_DROPPED = ("split.no", "split.count", "split.tensors.count", "general.file_type",
-            "general.quantization_version")  # fmt: skip
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+_OF_SPLITS = ("split.no", "split.count", "split.tensors.count")
+# Of the rounding before this one.
+_OF_IMATRIX = tuple(
+    f"quantize.imatrix.{what}" for what in ("file", "dataset", "entries_count", "chunks_count")
+)
 Progress = Callable[[float], None]
 
 
@@ -39,29 +37,28 @@ def rewrite_gguf(
     path: Path,
     header: GgufHeader,
     types: Mapping[str, str | None],
-    file_type: int,
+    metadata: Mapping[str, int | str],
     encode: Encode,
     *,
+    threads: int = 0,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """types: of each tensor; None: as it is. file_type: llama_ftype. Raises ModelFileInvalid (numbers
-    that are not finite, a file that shrank), UnsupportedModel (a type nobody can read back), UsageError
-    (the file is there), OSError; then nothing is left."""
+    """types: of each tensor; None: as it is. metadata: what is to be said anew. threads: 0: one
+    for each core. Raises ModelFileInvalid (numbers that are not finite, a file that shrank),
+    UnsupportedModel (a type nobody can read back), UsageError (the file is there), OSError; then nothing
+    is left."""
     places = places_of(header)
-    total = sum(written_bytes(tensor, types[tensor.name]) for tensor in header.tensors)
-    done = 0
+    tensors = [
+        TensorData(
+            written_bytes(tensor, types[tensor.name]),
+            _parts(tensor, places[tensor.name], types[tensor.name], encode),
+        )
+        for tensor in header.tensors
+    ]
     with NewFile(path, force=force) as new:
-        new.file.write(_head(header, types, file_type))
-        for tensor in header.tensors:
-            size = 0
-            for part in _parts(tensor, places[tensor.name], types[tensor.name], encode):
-                new.file.write(part.tobytes())
-                size += part.nbytes
-                done += part.nbytes
-                progress(done / total)
-            assert size == written_bytes(tensor, types[tensor.name]), tensor.name
-            new.file.write(bytes(-size % header.alignment))
+        new.file.write(_head(header, types, metadata))
+        write_tensors(new.file, tensors, header.alignment, threads=threads, progress=progress)
 
 
 def written_bytes(tensor: GgufTensor, type_name: str | None) -> int:
@@ -72,55 +69,48 @@ def written_bytes(tensor: GgufTensor, type_name: str | None) -> int:
 
 def _parts(
     tensor: GgufTensor, place: tuple[Path, int], type_name: str | None, encode: Encode
-) -> Iterator[Array]:
+) -> Iterator[Part]:
     path, offset = place
+    if type_name is None or type_name == tensor.type_name:
+        for start in range(0, tensor.num_bytes, PART_BYTES):
+            size = min(PART_BYTES, tensor.num_bytes - start)
+            yield partial(stored_bytes, path, offset + start, size)
+        return
     width = tensor.shape[0]
     rows = tensor.elements // width
-    if type_name is None or type_name == tensor.type_name:
-        yield from _copied(path, offset, tensor.num_bytes)
-        return
-    step = max(_CHUNK_BYTES // (4 * width), 1)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+
+    def part(start: int, stop: int) -> Array:
         stored = gguf_rows(path, offset, tensor, start, stop, width)
         values = to_float32(stored, tensor.type_name if tensor.type_name in HELD_AS else "F32")
         require_finite(values, path.name, tensor.name, start, (rows, width))
         if type_name in HELD_AS:
-            yield from_float32(values, type_name)
-        else:
-            yield encode(type_name, values)
+            return from_float32(values, type_name)
+        return encode(tensor.name, type_name, values, start)
+
+    step = max(PART_BYTES // (4 * width), 1)
+    for start in range(0, rows, step):
+        yield partial(part, start, min(start + step, rows))
 
 
-def _copied(path: Path, offset: int, num_bytes: int) -> Iterator[Array]:
-    import numpy as np
-
-    for start in range(0, num_bytes, _CHUNK_BYTES):
-        yield np.fromfile(path, np.uint8, min(_CHUNK_BYTES, num_bytes - start), offset=offset + start)
-
-
-def _head(header: GgufHeader, types: Mapping[str, str | None], file_type: int) -> bytes:
-    values = _raw_values(header.path)
-    for key, value in (
-        ("general.file_type", file_type),
-        ("general.quantization_version", _QUANTIZATION_VERSION),
-    ):
-        values.append(_string(key) + struct.pack("<II", _U32, value))
-    infos, offset = [], 0
-    for tensor in header.tensors:
-        kind = GGML_TYPES_BY_NAME[types[tensor.name] or tensor.type_name]
-        infos.append(
-            _string(tensor.name)
-            + struct.pack(f"<I{len(tensor.shape)}QIQ", len(tensor.shape), *tensor.shape, kind.id, offset)
+def _head(
+    header: GgufHeader, types: Mapping[str, str | None], metadata: Mapping[str, int | str]
+) -> bytes:
+    entries = _raw_entries(header.path, {*_OF_SPLITS, *_OF_IMATRIX, *metadata})
+    entries += [entry(key, value) for key, value in metadata.items()]
+    tensors = [
+        TensorEntry(
+            tensor.name,
+            tensor.shape,
+            types[tensor.name] or tensor.type_name,
+            written_bytes(tensor, types[tensor.name]),
         )
-        size = written_bytes(tensor, types[tensor.name])
-        offset += -(-size // header.alignment) * header.alignment
-    head = MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(values)) + b"".join([*values, *infos])
-    return head + bytes(-len(head) % header.alignment)
+        for tensor in header.tensors
+    ]
+    return head(entries, tensors, header.alignment)
 
 
-def _raw_values(path: Path) -> list[bytes]:
-    """The metadata's keys and values as they lie in a file whose header was checked, but for those that
-    are written anew."""
+def _raw_entries(path: Path, dropped: Container[str]) -> list[bytes]:
+    """The metadata as they lie in a file whose header was checked, but for some."""
     found: list[bytes] = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = Cursor(path, data, position=4)
@@ -130,11 +120,6 @@ def _raw_values(path: Path) -> list[bytes]:
             start = cursor.position
             key = cursor.name_string(f"metadata key {index}", MAX_KEY_BYTES)
             cursor.value(key)
-            if key not in _DROPPED:
+            if key not in dropped:
                 found.append(data[start : cursor.position])
     return found
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
 from edgeinfer_models.conversion.floats import HELD_AS, first_bad, to_float32
 from edgeinfer_models.conversion.packed import PARTS, Packing, shape_of_packed, unpacked_rows
+from edgeinfer_models.conversion.packed_rows import PackedMatrix, RowPacking, codes_of, unpacked
 from edgeinfer_models.families.changes import from_gguf
 from edgeinfer_models.families.tensors import TensorRule
 from edgeinfer_models.gguf_header import GgufHeader, GgufTensor
@@ -26,6 +27,8 @@ from edgeinfer_models.safetensors_header import SafetensorsFolder, SafetensorsTe
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edgeinfer_models.conversion.packed_rows import Bytes, Codes
 
     Array = npt.NDArray[Any]
     Floats = npt.NDArray[np.float32]
@@ -36,10 +39,12 @@ _PLAIN_GGUF = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """shape: rows first. dtype: of what `rows` gives: F32, F16 or BF16."""
+    """shape: rows first. dtype: of what `rows` gives: F32, F16 or BF16. is_packed: any rows take the
+    reading of the whole matrix, so that few at a time are dear."""
 
     shape: tuple[int, ...]
     dtype: str
+    is_packed: bool = False
 
 
 class TensorSource(Protocol):
@@ -51,15 +56,15 @@ class TensorSource(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Held as floats.py says. Raises ModelFileInvalid, naming the tensor and the place, for numbers
-        that are not finite."""
+        """Held as floats.py says. Called by several threads. Raises ModelFileInvalid, naming the
+        tensor and the place, for numbers that are not finite."""
         ...
 
 
 class SafetensorsSource:
-    """A Hugging Face folder. packing: of the matrices that are stored as `NAME.qweight` and its kin."""
+    """A Hugging Face folder. packing: of the matrices that are not stored as plain numbers."""
 
-    def __init__(self, folder: SafetensorsFolder, packing: Packing | None = None) -> None:
+    def __init__(self, folder: SafetensorsFolder, packing: Packing | RowPacking | None = None) -> None:
         self._name = folder.folder.name
         self._tensors: dict[str, tuple[Path, SafetensorsTensor]] = {}
         for shard in folder.shards:
@@ -77,9 +82,13 @@ class SafetensorsSource:
             if name + suffix in self._tensors
         }
 
-        self._packing = packing
+        self._packing = packing if isinstance(packing, Packing) else None
+        self._by_rows: Mapping[str, PackedMatrix] = {}
+        if packing is not None and not isinstance(packing, Packing):
+            tensors = {name: tensor for name, (_, tensor) in self._tensors.items()}
+            self._by_rows = packing.matrices(tensors, self._name)
         self._packed: dict[str, tuple[int, int]] = {}  # shapes, by the name of the unpacked matrix
-        for name in self._tensors if packing is not None else ():
+        for name in self._tensors if self._packing is not None else ():
             if name.endswith(".qweight"):
                 stem = name.removesuffix(".qweight")
                 self._packed[f"{stem}.weight"] = self._packed_shape(stem)
@@ -103,12 +112,20 @@ class SafetensorsSource:
     @property
     def names(self) -> Sequence[str]:
         parts = {f"{name.removesuffix('.weight')}.{part}" for name in self._packed for part in PARTS}
-        hidden = {*self._scale_of.values(), *parts}
-        return [*(name for name in self._tensors if name not in hidden), *self._packed]
+        by_rows = {part for matrix in self._by_rows.values() for part in matrix.parts}
+        hidden = {*self._scale_of.values(), *parts, *by_rows}
+        shown = [name for name in self._tensors if name not in hidden]
+        return [*shown, *self._packed, *self._by_rows]
+
+    def packed(self, name: str) -> PackedMatrix | None:
+        """Of a matrix that lies packed row by row."""
+        return self._by_rows.get(name)
 
     def info(self, name: str) -> TensorInfo:
+        if name in self._by_rows:
+            return TensorInfo(self._by_rows[name].shape, "F32")
         if name in self._packed:
-            return TensorInfo(self._packed[name], "F32")
+            return TensorInfo(self._packed[name], "F32", is_packed=True)
         _, tensor = self._find(name)
         if tensor.dtype not in HELD_AS:
             raise UnsupportedModel(
@@ -118,6 +135,12 @@ class SafetensorsSource:
         return TensorInfo(tensor.shape, tensor.dtype if is_kept else "F32")
 
     def rows(self, name: str, start: int, stop: int) -> Array:
+        if name in self._by_rows:
+            matrix = self._by_rows[name]
+            data, scales, biases = self._packed_parts(matrix, start, stop)
+            found = unpacked(matrix, data, scales, biases)
+            require_finite(found, self._name, name, start, matrix.shape)
+            return found
         if name in self._packed:
             return self._unpacked(name.removesuffix(".weight"), start, stop)
         path, tensor = self._find(name)
@@ -130,6 +153,38 @@ class SafetensorsSource:
             return values
         scaled: Floats = values * self._scales(name, start, stop)
         return scaled
+
+    def codes(self, name: str, start: int, stop: int) -> tuple[Codes, Floats, Floats | None]:
+        """Rows of a matrix that `packed` tells of: codes (as packed_rows.py says), scales and biases of
+        their groups. Raises ModelFileInvalid."""
+        matrix = self._by_rows[name]
+        data, scales, biases = self._packed_parts(matrix, start, stop)
+        groups = scales.reshape(stop - start, -1)
+        return codes_of(matrix, data), groups, None if biases is None else biases.reshape(groups.shape)
+
+    def _packed_parts(
+        self, matrix: PackedMatrix, start: int, stop: int
+    ) -> tuple[Bytes, Floats, Floats | None]:
+        import numpy as np
+
+        def read(part: str, *, is_codes: bool = False) -> Array:
+            path, tensor = self._find(part)
+            if tensor.elements == 1 and not is_codes:  # a scale for the whole matrix
+                shape, first, last = (1, 1), 0, 1
+            else:
+                rows = tensor.elements // (tensor.shape[-1] if len(tensor.shape) > 1 else 1)
+                shape = (rows, tensor.num_bytes // rows if is_codes else tensor.elements // rows)
+                first, last = matrix.first_row + start, matrix.first_row + stop
+            held_as = "u1" if is_codes else HELD_AS[tensor.dtype]
+            found = _read(path, held_as, tensor.start, shape, first, last)
+            if is_codes:
+                return found
+            values = to_float32(found, tensor.dtype)
+            require_finite(values, path.name, part, first, shape)
+            return np.broadcast_to(values, (stop - start, values.shape[1]))
+
+        biases = None if matrix.biases is None else read(matrix.biases)
+        return read(matrix.codes, is_codes=True), read(matrix.scales), biases
 
     def _unpacked(self, stem: str, start: int, stop: int) -> Floats:
         def part(which: str) -> Array | None:
@@ -163,6 +218,11 @@ class SafetensorsSource:
             )
         path, scale = self._find(self._scale_of[name])
         _, tensor = self._find(name)
+        if scale.dtype not in _PLAIN_GGUF:
+            raise ModelFileInvalid(
+                f"{self._name}: the scales '{scale.name}' are of the type {scale.dtype}, which is none
+                of" " scales'; download the model again"
+            )
         shape = scale.shape or (1,)
         stored = _read(path, HELD_AS[scale.dtype], scale.start, shape, 0, shape[0])
         values = to_float32(stored, scale.dtype)
@@ -266,6 +326,10 @@ def gguf_rows(path: Path, offset: int, tensor: GgufTensor, start: int, stop: int
             f"{path.name}: tensor '{tensor.name}' of the type {tensor.type_name} cannot be read back"
         ) from None
     return found
+
+
+def stored_bytes(path: Path, offset: int, num_bytes: int) -> Array:
+    return _read(path, "u1", offset, (num_bytes,), 0, num_bytes)
 
 
 def _read(path: Path, held_as: str, offset: int, shape: tuple[int, ...], start: int, stop: int) -> Array:

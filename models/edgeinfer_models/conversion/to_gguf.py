@@ -6,15 +6,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import ModelFileInvalid
 from edgeinfer_models.conversion.floats import HELD_AS, MOST_F16, recast, to_float32
 from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.conversion.sources import TensorSource
+from edgeinfer_models.conversion.tensor_data import PART_BYTES, Encode, Part, TensorData, write_tensors
 from edgeinfer_models.families.changes import to_gguf
-from edgeinfer_models.families.family import Factors, Family
+from edgeinfer_models.families.family import Family
 from edgeinfer_models.families.shape import DecoderShape
 from edgeinfer_models.families.tensors import TensorRule
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
@@ -24,11 +26,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
-    # Rows of float32 as a type's blocks: (n, bytes of a row).
-    Encode = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.uint8]]
 
 ALIGNMENT = 32
-CHUNK_BYTES = 2**24  # of F32 numbers at a time
+CHUNK_BYTES = 2**24  # of F32 numbers at a time, where nothing asks for fewer
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama_ftype
 Progress = Callable[[float], None]
 
@@ -38,7 +38,7 @@ class GgufPlan:
     """What is to be written. dtype: of the matrices, F32, F16 or BF16; vectors are F32, as llama.cpp has
     them. metadata: beside the architecture's, with their whole keys; an int becomes u32, a float f32.
     types: of tensors that are to be quantized, by their GGUF names, with what makes rows into their
-    blocks and the file's type (llama_ftype)."""
+    blocks."""
 
     family: Family
     shape: DecoderShape
@@ -46,7 +46,6 @@ class GgufPlan:
     metadata: Mapping[str, Any]
     types: Mapping[str, str | None] = field(default_factory=dict)
     encode: Encode | None = None
-    file_type: int | None = None
 
     def type_of(self, rule: TensorRule) -> str:
         return self.types.get(rule.gguf) or dtype_of(rule, self.dtype)
@@ -57,33 +56,29 @@ def write_gguf(
     source: TensorSource,
     plan: GgufPlan,
     *,
+    threads: int = 0,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> None:
-    """Raises ModelFileInvalid (a tensor that is missing, of another shape, or not finite),
-    UnsupportedModel, UsageError (the file is there), OSError."""
+    """threads: 0: one for each core. Raises ModelFileInvalid (a tensor that is missing, of another
+    shape, or not finite), UnsupportedModel, UsageError (the file is there), OSError."""
     rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
-    architecture, factors = plan.family.shape_to_gguf(plan.shape)
-    head = _head(plan, architecture, rules, factors)
-    total = sum(tensor_bytes(rule, plan.type_of(rule)) for rule in rules)
-    done = 0
-
-    def told(parts: Iterator[Array]) -> Iterator[Array]:
-        nonlocal done
-        for part in parts:
-            yield part
-            done += part.nbytes
-            progress(done / total)
-
+    _, factors = plan.family.shape_to_gguf(plan.shape)
+    head = model_head(plan)
+    tensors = [
+        TensorData(4 * len(values), [partial(recast_factors, values)]) for values in factors.values()
+    ]
+    tensors += [
+        TensorData(
+            tensor_bytes(rule, plan.type_of(rule)),
+            _parts(source, rule, plan.type_of(rule), plan.encode),
+        )
+        for rule in rules
+    ]
     with NewFile(path, force=force) as new:
         new.file.write(head)
-        for values in factors.values():
-            _write_padded(new.file, [recast_factors(values)])
-        for rule in rules:
-            parts = _converted(source, rule, plan.type_of(rule), plan.encode)
-            written = _write_padded(new.file, told(parts))
-            assert written == tensor_bytes(rule, plan.type_of(rule))
+        write_tensors(new.file, tensors, ALIGNMENT, threads=threads, progress=progress)
 
 
 def dtype_of(rule: TensorRule, dtype: str) -> str:
@@ -137,20 +132,18 @@ def _is_known_extra(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias")) or name == "lm_head.weight"
 
 
-def _head(
-    plan: GgufPlan, architecture: Mapping[str, Any], rules: Sequence[TensorRule], factors: Factors
-) -> bytes:
-    """Everything in front of the tensors' data."""
+def model_head(plan: GgufPlan) -> bytes:
+    """Everything in front of the tensors' data. Raises UnsupportedModel."""
     import gguf
     import numpy as np
 
+    architecture, factors = plan.family.shape_to_gguf(plan.shape)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head"
         writer = gguf.GGUFWriter(path, plan.family.arch)
         for key, value in {
             "general.type": "model",
-            "general.file_type": FILE_TYPES[plan.dtype] if plan.file_type is None else plan.file_type,
-            **({} if plan.file_type is None else {"general.quantization_version": 2}),
+            "general.file_type": FILE_TYPES[plan.dtype],
             **{f"{plan.family.arch}.{key}": value for key, value in architecture.items()},
             **plan.metadata,
         }.items():
@@ -159,7 +152,7 @@ def _head(
             writer.add_tensor_info(
                 name, (len(values),), np.dtype(np.float32), 4 * len(values), _kind("F32")
             )
-        for rule in rules:
+        for rule in plan.family.rules(plan.shape):
             type_name = plan.type_of(rule)
             is_float = type_name in HELD_AS
             # The library takes the shape of blocks in bytes.
@@ -196,33 +189,36 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
-def _converted(
-    source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None
-) -> Iterator[Array]:
+def _parts(source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None) -> Iterator[Part]:
     """A tensor's data in GGUF's order, a few rows at a time."""
-    for name in rule.hf:
+
+    def part(index: int, start: int, stop: int) -> Array:
+        name = rule.hf[index]
         dtype = source.info(name).dtype
-        for start, stop in row_chunks(rule):
-            found = source.rows(name, start, stop)
-            if rule.change == "add_one":
-                found, dtype = to_float32(found, dtype), "F32"
-            heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
-            changed = to_gguf(found, rule.change, heads)
-            if wanted not in HELD_AS:
-                assert encode is not None
-                yield encode(wanted, to_float32(changed, dtype))
-                continue
-            if wanted == "F16" and dtype != "F16":
-                require_f16(to_float32(changed, dtype), name)
-            yield recast(changed, dtype, wanted)
+        found = source.rows(name, start, stop)
+        if rule.change == "add_one":
+            found, dtype = to_float32(found, dtype), "F32"
+        heads = rule.heads * (stop - start) // rule.shape[0] if rule.heads else 0
+        changed = to_gguf(found, rule.change, heads)
+        if wanted not in HELD_AS:
+            assert encode is not None
+            return encode(rule.gguf, wanted, to_float32(changed, dtype), index * rule.shape[0] + start)
+        if wanted == "F16" and dtype != "F16":
+            require_f16(to_float32(changed, dtype), name)
+        return recast(changed, dtype, wanted)
+
+    for index, name in enumerate(rule.hf):
+        num_bytes = CHUNK_BYTES if source.info(name).is_packed else PART_BYTES
+        for start, stop in row_chunks(rule, num_bytes):
+            yield partial(part, index, start, stop)
 
 
-def row_chunks(rule: TensorRule) -> Iterator[tuple[int, int]]:
-    """Of whole heads where rows are paired within them."""
+def row_chunks(rule: TensorRule, num_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Of whole heads where rows are paired within them. num_bytes: of their numbers in F32, about."""
     rows = rule.shape[0]
     width = rule.shape[1] if len(rule.shape) > 1 else 1
     unit = rows // rule.heads if rule.heads else 1
-    step = max(CHUNK_BYTES // (4 * width) // unit, 1) * unit
+    step = max(num_bytes // (4 * width) // unit, 1) * unit
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -233,16 +229,3 @@ def require_f16(values: npt.NDArray[np.float32], name: str) -> None:
         raise ModelFileInvalid(
             f"tensor '{name}' holds {largest:g}, which F16 cannot; convert it to bf16"
         )
-
-
-def _write_padded(file: IO[bytes], parts: Sequence[Array] | Iterator[Array]) -> int:
-    """Bytes written, without what was added so that the next begins aligned."""
-    import numpy as np
-
-    written = 0
-    for part in parts:
-        data = np.ascontiguousarray(part)
-        file.write(data.data)
-        written += data.nbytes
-    file.write(bytes(-written % ALIGNMENT))
-    return written

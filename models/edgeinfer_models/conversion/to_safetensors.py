@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
-from edgeinfer.errors import UsageError
 from edgeinfer_models.conversion.floats import recast, to_float32
-from edgeinfer_models.conversion.new_file import NewFile
+from edgeinfer_models.conversion.folder_files import (
+    Piece,
+    Progress,
+    StoredTensor,
+    require_free,
+    write_folder,
+)
 from edgeinfer_models.conversion.sources import TensorSource
 from edgeinfer_models.conversion.to_gguf import check_tensors, require_f16, row_chunks
 from edgeinfer_models.families.tensors import TensorRule
-from edgeinfer_models.safetensors_header import INDEX_NAME
 
-SHARD_BYTES = 4 * 2**30
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-Progress = Callable[[float], None]
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
-
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    rule: TensorRule
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        elements = 1
-        for size in self.rule.shape:
-            elements *= size
-        return elements * _ITEM_BYTES[self.dtype]
+    Array = npt.NDArray[Any]
 
 
 def write_safetensors(
@@ -48,81 +36,45 @@ def write_safetensors(
     """texts: the other files, by name. dtype: F32, F16 or BF16 of every tensor; None: as the source has
     each. The folder is made when all is written. Raises ModelFileInvalid, UsageError (it is there and
     not empty), OSError."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: is there already and not empty; -o gives another name")
+    require_free(folder)
     check_tensors(source, rules)
-    entries = [
-        _Entry(name, rule, dtype or source.info(name).dtype) for rule in rules for name in rule.hf
-    ]
-    shards = _shards(entries)
-    total, done = sum(entry.num_bytes for entry in entries), 0
-    within = folder if folder.exists() else folder.parent
-    with ExitStack() as files:  # what is entered first gets its name last: config.json after the weights
-
-        def begin(name: str) -> IO[bytes]:
-            return files.enter_context(NewFile(folder / name, within=within)).file
-
-        for name, text in texts.items():
-            begin(name).write(text.encode())
-        if len(shards) > 1:
-            begin(INDEX_NAME).write(_index(shards, total))
-        for name, shard in shards.items():
-            file = begin(name)
-            file.write(_header(shard))
-            for entry in shard:
-                for part in _parts(source, entry):
-                    file.write(part)
-                    done += part.nbytes
-                    progress(done / total)
+    pieces = [plain_piece(source, rule, (name,), dtype) for rule in rules for name in rule.hf]
+    files = {name: text.encode() for name, text in texts.items()}
+    write_folder(folder, pieces, files, progress=progress)
 
 
-def _shards(entries: Sequence[_Entry]) -> dict[str, list[_Entry]]:
-    shards: list[list[_Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.num_bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.num_bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {
-        f"model-{index:05d}-of-{count:05d}.safetensors": shard
-        for index, shard in enumerate(shards, start=1)
-    }
+def plain_piece(
+    source: TensorSource,
+    rule: TensorRule,
+    names: tuple[str, ...],
+    dtype: str | None,
+    stored_as: str = "",
+) -> Piece:
+    """One tensor of the source, or several (of the same rule) stacked under the name `stored_as`. dtype:
+    as `write_safetensors`."""
+    wanted = dtype or source.info(names[0]).dtype
+    shape = (len(names), *rule.shape) if stored_as else rule.shape
+    tensor = StoredTensor(stored_as or names[0], wanted, shape)
+
+    def parts() -> Iterator[tuple[Array, ...]]:
+        for name in names:
+            for _, rows in float_rows(source, rule, name, wanted):
+                yield (rows,)
+
+    elements = 1
+    for size in shape:
+        elements *= size
+    return Piece((tensor,), parts, elements)
 
 
-def _header(entries: Sequence[_Entry]) -> bytes:
-    """Source: the format's description in the safetensors repository; "format": "pt" is what
-    transformers asks for."""
-    found: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        stop = offset + entry.num_bytes
-        found[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.rule.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    text = json.dumps(found, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _index(shards: Mapping[str, Sequence[_Entry]], total: int) -> bytes:
-    names = {entry.name: name for name, shard in shards.items() for entry in shard}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1).encode()
-
-
-def _parts(source: TensorSource, entry: _Entry) -> Iterator[memoryview]:
-    import numpy as np
-
-    dtype = source.info(entry.name).dtype
-    for start, stop in row_chunks(entry.rule):
-        rows = source.rows(entry.name, start, stop)
-        if entry.dtype == "F16" and dtype != "F16":
-            require_f16(to_float32(rows, dtype), entry.name)
-        yield np.ascontiguousarray(recast(rows, dtype, entry.dtype)).data
+def float_rows(
+    source: TensorSource, rule: TensorRule, name: str, wanted: str
+) -> Iterator[tuple[int, Array]]:
+    """A tensor's rows as `wanted`, some at a time, with the number of the first. Raises ModelFileInvalid
+    for numbers that F16 does not hold."""
+    dtype = source.info(name).dtype
+    for start, stop in row_chunks(rule):
+        rows = source.rows(name, start, stop)
+        if wanted == "F16" and dtype != "F16":
+            require_f16(to_float32(rows, dtype), name)
+        yield start, recast(rows, dtype, wanted)

@@ -5,13 +5,12 @@ Each change is exact both ways, but for `add_one`: a norm's weight of 1 + w has 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
-    Array = npt.NDArray[np.generic]
+    Array = npt.NDArray[Any]
 
 Change = Literal["keep", "pair_rows", "add_one", "flatten"]
 

@@ -32,6 +32,9 @@ class TensorRule:
         return (len(self.hf), *self.shape) if self.is_stack else self.shape
 
 
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
 @dataclass(frozen=True)
 class _Part:
     """A tensor of one layer before it has its GGUF name. stacked: where GGUF has a stack, the name that
@@ -42,6 +45,18 @@ class _Part:
     change: Change = "keep"
     heads: int = 0
     stacked: tuple[str, ...] = ()
+
+
+def decoder_name(name: str) -> str:
+    """Of a Hugging Face tensor: what all families call it, without "model."."""
+    own = name.removeprefix("model.")
+    if ".block_sparse_moe." in own:
+        own = own.replace(".block_sparse_moe.", ".mlp.")
+        head, _, rest = own.rpartition(".experts.")
+        if head:
+            index, which, leaf = rest.split(".")
+            own = f"{head}.experts.{index}.{_MIXTRAL[which]}.{leaf}"
+    return own
 
 
 def tensor_rules(shape: DecoderShape, arch: str, *, pairs_rows: bool) -> list[TensorRule]:

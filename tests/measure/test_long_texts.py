@@ -11,9 +11,11 @@ from edgeinfer.backend import Runtime, RuntimeSettings, SequenceStep, Step
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import MeasureFailed, UsageError
 from edgeinfer.measure.evaluation import Setting, parse_settings
-from edgeinfer.measure.quality import agreement, log_softmax, perplexity, recomputed, slices, stream
+from edgeinfer.measure.long_texts import recomputed, slices, stream
 from edgeinfer.measure.recall import recall
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import agreement
+from edgeinfer.quality.predictions import log_softmax, perplexity
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from tests.engine.test_engine import tokens_of
 

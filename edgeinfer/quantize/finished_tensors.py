@@ -1,0 +1,120 @@
+"""Tensors that are done, in a folder beside the result until the file is written.
+
+An hour's work is not lost to Ctrl+C or a flat battery: each tensor is a file, listed with its digest
+once it is whole, and what another job left there (another model, type, text or version) is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Blocks = npt.NDArray[np.uint8]
+
+_LIST, _JOB = "finished.jsonl", "job.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """shape: (rows, bytes of a row). error: of its outputs, relative to them."""
+
+    file: str
+    shape: tuple[int, int]
+    sha256: str
+    error: float
+
+
+class FinishedTensors:
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        """job: all that decides what the tensors are. Raises OSError, UsageError."""
+        self._folder = folder
+        self._done: dict[str, Finished] = {}
+        wanted = json.dumps(job, sort_keys=True)
+        if folder.is_dir():
+            if _text(folder / _JOB) == wanted:
+                self._read()
+                return
+            if not (folder / _JOB).is_file() and any(folder.iterdir()):
+                raise UsageError(f"{folder}: is in the way and was not made by edgeinfer; move it")
+            shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / _JOB).write_text(wanted)
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
+
+    def error(self, name: str) -> float:
+        return self._done[name].error
+
+    def blocks(self, name: str) -> Blocks:
+        """Read when they are used."""
+        import numpy as np
+
+        found = self._done[name]
+        return np.memmap(self._folder / found.file, np.uint8, "r", shape=found.shape)
+
+    def keep(self, name: str, blocks: Blocks, error: float) -> None:
+        """Raises OSError."""
+        import os
+
+        file = f"{len(self._done)}.blocks"
+        data = blocks.tobytes()
+        with (self._folder / file).open("wb") as written:
+            written.write(data)
+            written.flush()
+            os.fsync(written.fileno())
+        rows, width = blocks.shape
+        found = Finished(file, (rows, width), hashlib.sha256(data).hexdigest(), error)
+        with (self._folder / _LIST).open("a") as listed:
+            listed.write(_line(name, found))
+        self._done[name] = found
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _read(self) -> None:
+        for line in (_text(self._folder / _LIST) or "").splitlines():
+            try:
+                entry = json.loads(line)
+                rows, width = entry["shape"]
+                found = Finished(
+                    str(entry["file"]),
+                    (int(rows), int(width)),
+                    str(entry["sha256"]),
+                    float(entry["error"]),
+                )
+                name = str(entry["name"])
+                data = (self._folder / Path(found.file).name).read_bytes()
+            except (OSError, ValueError, KeyError, TypeError):
+                break  # a line that was cut, or a file that is gone: what follows is made anew
+            is_whole = len(data) == found.shape[0] * found.shape[1]
+            if not is_whole or hashlib.sha256(data).hexdigest() != found.sha256:
+                break
+            self._done[name] = found
+        kept = (_line(name, each) for name, each in self._done.items())
+        (self._folder / _LIST).write_text("".join(kept))
+
+
+def _line(name: str, found: Finished) -> str:
+    return json.dumps({"name": name, **asdict(found)}) + "\n"
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
