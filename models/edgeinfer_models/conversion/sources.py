@@ -220,8 +220,8 @@ class SafetensorsSource:
         _, tensor = self._find(name)
         if scale.dtype not in _PLAIN_GGUF:
             raise ModelFileInvalid(
-                f"{self._name}: the scales '{scale.name}' are of the type {scale.dtype}, which is none
-                of" " scales'; download the model again"
+                f"{self._name}: the scales '{scale.name}' are of the type {scale.dtype}, which no scales"
+                " are of; download the model again"
             )
         shape = scale.shape or (1,)
         stored = _read(path, HELD_AS[scale.dtype], scale.start, shape, 0, shape[0])
