@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgeinfer.sampling import SamplingParams
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edgeinfer.exits import ExitTrainer
     from edgeinfer_models.config import ModelConfig
     from edgeinfer_models.tokenizer import Tokenizer
 
@@ -496,6 +498,14 @@ class Backend(ABC):
     def row_quantizer(self, threads: int = 0) -> RowQuantizer:
         """threads: 0: one for each core. Raises BackendUnavailable, and NotImplementedError where the
         backend has no such types."""
+        raise NotImplementedError
+
+    def exit_trainer(
+        self, path: Path, device: str = "auto", told: Callable[[str], None] = lambda _: None
+    ) -> ExitTrainer:
+        """path: of a GGUF file or a folder. device: "auto", or as the backend names it. told: is given
+        what a user should know. Raises BackendUnavailable, LoadFailed, UnsupportedModel, and
+        NotImplementedError where the backend trains nothing."""
         raise NotImplementedError
 
     def open_layers(self, files: ModelFiles, context: int) -> LayeredModel:

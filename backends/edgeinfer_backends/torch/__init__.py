@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import (
@@ -21,6 +22,7 @@ from edgeinfer.errors import BackendUnavailable, LoadFailed, ModelError, Unsuppo
 from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
+    from edgeinfer.exits import ExitTrainer
     from edgeinfer_models.config import ModelConfig
 
 INSTALL = "run `pip install edgeinfer[torch]`"
@@ -85,6 +87,16 @@ class TorchBackend(Backend):
             said = str(error)
             prefix = "" if said.startswith(files.name) else f"{files.name}: "
             raise LoadFailed(f"{prefix}{said}") from error
+
+    def exit_trainer(
+        self, path: Path, device: str = "auto", told: Callable[[str], None] = lambda _: None
+    ) -> ExitTrainer:
+        found = self.probe()
+        if not found.usable:
+            raise BackendUnavailable(found.reason)
+        from edgeinfer_backends.torch.exit_training import TorchExitTrainer
+
+        return TorchExitTrainer(path, device, told=told)
 
 
 def _missing() -> str:

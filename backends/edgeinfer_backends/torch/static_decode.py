@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from edgeinfer_models.families.shape import DecoderShape
 _LEAST_SPAN = 256
 MOST_SPANS = 64  # more than there are powers of two
 _WARM_UPS = 3  # what libraries allocate or choose at their first calls must not be in the graph
+
+Found = TypeVar("Found")
 
 
 class StaticAttention:
@@ -115,11 +117,12 @@ class StaticDecoder:
             return made
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        return _recorded(made, self._pool)
+        return recorded(made, self._pool)
 
 
-def _recorded(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """pool: memory that the graphs share, as no two of them run at once."""
+def recorded(step: Callable[[], Found], pool: Any) -> Callable[[], Found]:
+    """As a CUDA graph: `step` is run a few times, then recorded. What it returns is in the same tensors
+    each time. pool: memory that the graphs share, as no two of them run at once; None: its own."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -130,7 +133,7 @@ def _recorded(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph, pool=pool):
         found = step()
 
-    def replay() -> Tensor:
+    def replay() -> Found:
         graph.replay()
         return found
 
