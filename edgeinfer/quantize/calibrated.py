@@ -12,7 +12,7 @@ from edgeinfer import __version__
 from edgeinfer.backend import LayeredModel
 from edgeinfer.errors import BackendUnavailable
 from edgeinfer.quantize.calibration import TEXT_TOKENS, Calibration, read_calibration
-from edgeinfer.quantize.corrected import Correction, correct
+from edgeinfer.quantize.corrected import Correction, correct, name_in_layer
 from edgeinfer.quantize.finished_tensors import FinishedTensors
 from edgeinfer.quantize.importance import NamedImatrix
 from edgeinfer.quantize.layer_walk import LayerWalk
@@ -20,7 +20,6 @@ from edgeinfer.quantize.scaling import links_of, said
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.imatrix import Columns, Imatrix
 from edgeinfer_models.conversion.model import SourceModel, source_of_gguf
-from edgeinfer_models.families.tensors import decoder_name
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.model_files import ModelFiles
 
@@ -73,7 +72,7 @@ def computed_imatrix(of: Calibrated, progress: Progress = lambda _: None) -> Nam
         for rule in of.source.family.rules(of.source.shape):
             if rule.layer != layer or len(rule.shape) != 2:
                 continue
-            names = [_in_layer(hf, layer) for hf in rule.hf]
+            names = [name_in_layer(hf, layer) for hf in rule.hf]
             if all(name in squares for name in names):
                 sums = np.stack([squares[name][0] for name in names])
                 counts = np.array([squares[name][1] for name in names], np.int64)
@@ -123,10 +122,6 @@ def work_folder(out: Path) -> Path:
 def stored_of(finished: FinishedTensors, plan: Quantization) -> Mapping[str, npt.NDArray[np.uint8]]:
     """What of it is a tensor of the file."""
     return {name: finished.blocks(name) for name in plan.types if name in finished}
-
-
-def _in_layer(hf: str, layer: int) -> str:
-    return decoder_name(hf).removeprefix(f"layers.{layer}.").removesuffix(".weight")
 
 
 def _files_of(source: SourceModel) -> ModelFiles:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings
+from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output_error
 from edgeinfer.quantize.layer_walk import Inputs, LayerWalk
 from edgeinfer.quantize.scaling import Link, best_scales, links_of
 from edgeinfer_models.conversion.floats import to_float32
@@ -77,6 +77,34 @@ def _part(progress: Progress, layer: int, count: int, start: float, share: float
     return lambda done: progress((layer + start + share * done) / count)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Of a matrix that is to be rounded. index: in a stack of experts."""
+
+    rule: TensorRule
+    type_name: str
+    index: int
+
+    @property
+    def hf(self) -> str:
+        return self.rule.hf[self.index]
+
+
+def decoder_places(source: SourceModel, types: Mapping[str, str | None], layer: int) -> dict[str, Place]:
+    """Those of a layer, by their names in it, as `Layers` has them. types: by GGUF names; None: none."""
+    found: dict[str, Place] = {}
+    for rule in source.family.rules(source.shape):
+        kind = types.get(rule.gguf) if rule.layer == layer and len(rule.shape) == 2 else None
+        if kind is not None:
+            for index, hf in enumerate(rule.hf):
+                found[name_in_layer(hf, layer)] = Place(rule, kind, index)
+    return found
+
+
+def name_in_layer(hf: str, layer: int) -> str:
+    return decoder_name(hf).removeprefix(f"layers.{layer}.").removesuffix(".weight")
+
+
 class _Layer:
     """names: of its matrices that are rounded, within the layer, as `Layers` has them."""
 
@@ -92,16 +120,8 @@ class _Layer:
         self._source, self._layers, self._layer = source, layers, layer
         self._rows, self._finished = rows, finished
         self._rules = [rule for rule in source.family.rules(source.shape) if rule.layer == layer]
-        self._types: dict[str, str] = {}
-        self._places: dict[str, tuple[TensorRule, str, int]] = {}
-        for rule in self._rules:
-            kind = types.get(rule.gguf)
-            if kind is None or len(rule.shape) != 2:
-                continue
-            for index, hf in enumerate(rule.hf):
-                name = self._name(hf)
-                self._types[name] = kind
-                self._places[name] = rule, hf, index
+        self._places = decoder_places(source, types, layer)
+        self._types = {name: place.type_name for name, place in self._places.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,10 +129,10 @@ class _Layer:
 
     @property
     def is_finished(self) -> bool:
-        return all(rule.gguf in self._finished for rule, _, _ in self._places.values())
+        return all(place.rule.gguf in self._finished for place in self._places.values())
 
     def correct(self, inputs: Sequence[Inputs], how: Correction, progress: Progress) -> None:
-        weights = {name: self._numbers(hf, rule) for name, (rule, hf, _) in self._places.items()}
+        weights = {name: self._numbers(place.hf, place.rule) for name, place in self._places.items()}
         scales = _Scales(weights)
         if how.scales:
             self._scale(inputs, weights, scales)
@@ -125,7 +145,7 @@ class _Layer:
             for name in group.matrices:
                 scaled = scales.applied(name, weights[name])
                 found = self._rounded(scaled, self._types[name], feedback, how)
-                errors[name] = feedback.error(scaled, self._meant(name, found))
+                errors[name] = output_error(scaled, self._meant(name, found), moment)
                 blocks[name] = found
                 progress(len(blocks) / len(self._places))
         self._keep(blocks, errors, scales)
@@ -133,8 +153,10 @@ class _Layer:
     def put_back(self) -> None:
         """What was rounded, into the layer. Of what awq scaled: what comes to the same there, since the
         layer's norms stay as they are."""
-        for name, (rule, _, index) in self._places.items():
-            stored = self._finished.blocks(rule.gguf).reshape(len(rule.hf), rule.shape[0], -1)[index]
+        for name, place in self._places.items():
+            rule = place.rule
+            stacked = self._finished.blocks(rule.gguf).reshape(len(rule.hf), rule.shape[0], -1)
+            stored = stacked[place.index]
             numbers = self._meant(name, from_gguf(stored, rule.change, rule.heads))
             for axis, kind in ((0, "rows"), (1, "columns")):
                 key = _scale_key(self._layer, name, kind)
@@ -174,7 +196,7 @@ class _Layer:
             assert rule is not None  # noqa: S101 (`links_of` goes by the same shape)
             scales.vectors[rule.gguf] = self._vector(rule) / found
             return
-        factors = np.ones(self._places[link.feeder][0].shape[0], np.float32)
+        factors = np.ones(self._places[link.feeder].rule.shape[0], np.float32)
         factors[link.rows] = 1 / found
         scales.rows[link.feeder] = factors
         bias = self._rule(f"{link.feeder}.bias")
@@ -190,7 +212,7 @@ class _Layer:
                 if (scale != 1).any():
                     self._finished.keep(_scale_key(self._layer, name, kind), _as_bytes(scale), 0.0)
         for rule in self._rules:
-            own = [name for name, (each, _, _) in self._places.items() if each is rule]
+            own = [name for name, place in self._places.items() if place.rule.gguf == rule.gguf]
             if own:
                 stacked = [to_gguf(blocks[name], rule.change, rule.heads) for name in own]
                 mean = float(np.mean([errors[name] for name in own]))
@@ -208,9 +230,6 @@ class _Layer:
     def _rule(self, name: str) -> TensorRule | None:
         wanted = f"layers.{self._layer}.{name}"
         return next((rule for rule in self._rules if decoder_name(rule.hf[0]) == wanted), None)
-
-    def _name(self, hf: str) -> str:
-        return decoder_name(hf).removeprefix(f"layers.{self._layer}.").removesuffix(".weight")
 
 
 class _Scales:

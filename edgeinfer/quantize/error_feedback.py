@@ -41,11 +41,23 @@ _LEAST = 1e-30
 
 @dataclass(frozen=True)
 class FeedbackSettings:
-    """damping: a share of H's mean diagonal that is added to it: what calibration text leaves open
-    should cost something too. sweeps: of coordinate descent."""
+    """shrinkage: by what share H's entries off its diagonal are lowered (as covariances are: Ledoit and
+    Wolf, 2004). How columns go together on calibration text is not quite how they do on other text,
+    and a matrix fitted to it whole predicts worse there, however much text it was (SmolLM2 in Q4_0, KL
+    on unseen text: 0.116 without, 0.089 with 0.1, 0.084 with 0.3).
+    damping: a share of H's mean diagonal that is added to it: what the text leaves open should cost
+    something too. sweeps: of coordinate descent."""
 
+    shrinkage: float = 0.3
     damping: float = 0.02
-    sweeps: int = 3
+    sweeps: int = 2
+
+
+def output_error(weight: Floats, numbers: Floats, second_moment: Floats) -> float:
+    """Of the outputs, relative to them: ||(numbers - weight) x||² / ||weight x||²."""
+    lost = numbers - weight
+    wanted = float(np.einsum("ij,ij->", weight @ second_moment, weight))
+    return float(np.einsum("ij,ij->", lost @ second_moment, lost)) / max(wanted, _LEAST)
 
 
 class Feedback:
@@ -58,6 +70,8 @@ class Feedback:
         self._importance = np.ascontiguousarray(np.diag(hessian)).clip(min=0).astype(np.float32)
         mean = float(self._importance.mean())
         damped = hessian.astype(np.float64)
+        damped *= 1 - self._settings.shrinkage
+        damped[np.diag_indices_from(damped)] += self._settings.shrinkage * np.diag(hessian)
         damped[np.diag_indices_from(damped)] += max(self._settings.damping * mean, _LEAST)
         self._inverse_root = _inverse_root(damped).astype(np.float32)
         self._hessian = damped.astype(np.float32)
@@ -73,12 +87,6 @@ class Feedback:
         parts = self._with_feedback(weight, grid, rows)
         parts = self._descended(weight, grid, parts)
         return pack(type_name, parts)
-
-    def error(self, weight: Floats, numbers: Floats) -> float:
-        """Of the outputs, relative to them: ||(numbers - weight) x||² / ||weight x||²."""
-        lost = numbers - weight
-        wanted = float(np.einsum("ij,ij->", weight @ self._hessian, weight))
-        return float(np.einsum("ij,ij->", lost @ self._hessian, lost)) / max(wanted, _LEAST)
 
     # -- parts -----------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class FinishedTensors:
         """job: all that decides what the tensors are. Raises OSError, UsageError."""
         self._folder = folder
         self._done: dict[str, Finished] = {}
+        self._num_files = 0  # a tensor may be kept again, as another file
         wanted = json.dumps(job, sort_keys=True)
         if folder.is_dir():
             if _text(folder / _JOB) == wanted:
@@ -71,7 +72,8 @@ class FinishedTensors:
         """Raises OSError."""
         import os
 
-        file = f"{len(self._done)}.blocks"
+        file = f"{self._num_files}.blocks"
+        self._num_files += 1
         data = blocks.tobytes()
         with (self._folder / file).open("wb") as written:
             written.write(data)
@@ -105,6 +107,7 @@ class FinishedTensors:
             if not is_whole or hashlib.sha256(data).hexdigest() != found.sha256:
                 break
             self._done[name] = found
+            self._num_files = max(self._num_files, int(Path(found.file).stem) + 1)
         kept = (_line(name, each) for name, each in self._done.items())
         (self._folder / _LIST).write_text("".join(kept))
 
