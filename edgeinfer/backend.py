@@ -206,13 +206,17 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
+# Of a column whose inputs are read in F16 the mean square is below 1e10.
+MOST_IMPORTANCE = 1e15
+
+
 class RowQuantizer(Protocol):
     """Rows as blocks of a format's types (ggml's). Thread-safe."""
 
     def quantize(self, type_name: str, rows: Floats, importance: Floats | None = None) -> Blocks:
-        """rows: (n, width), finite. importance: of each column, (width,), at least 0; None: all alike.
-        Returns (n, bytes of a row). Raises ValueError for a type that there is not, and for rows that
-        are not whole blocks of it."""
+        """rows: (n, width). importance: of each column, (width,), from 0 to MOST_IMPORTANCE; None: all
+        alike. Returns (n, bytes of a row). Raises ValueError for a type that there is not, for rows that
+        are not whole blocks of it, and for numbers that are not finite or larger than any type holds."""
         ...
 
     def close(self) -> None: ...

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeinfer.backend import MOST_IMPORTANCE
 from edgeinfer.errors import UsageError
 from edgeinfer_models.conversion.imatrix import Imatrix, read_imatrix
 from edgeinfer_models.conversion.presets import needs_importance
@@ -76,6 +77,11 @@ def importance_by_tensor(
             # llama.cpp goes by the number of columns alone: the older form does not say where one
             # matrix ends.
             found[name] = means.reshape(matrices, width)
+            if means.max() > MOST_IMPORTANCE:
+                raise UsageError(
+                    f"--imatrix {where}: says {means.max():g} of '{name}', which no input's square is;"
+                    " make it anew with llama-imatrix"
+                )
         elif means is not None and name not in _EMBEDDINGS:
             raise UsageError(
                 f"--imatrix {where}: has {means.size:,} columns for '{name}', which has"

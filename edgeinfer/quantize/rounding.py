@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgeinfer.errors import ModelFileInvalid
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.tensor_data import Encode
 
@@ -30,14 +31,19 @@ def rounding(importance: Mapping[str, Floats], num_rows: Mapping[str, int]) -> I
         import numpy as np
 
         weights = importance.get(name)
-        if weights is None:
-            return rounder.quantize(type_name, rows)
         found, start = [], 0
-        while start < len(rows):
-            matrix, row = divmod(first_row + start, num_rows[name])
-            stop = min(start + num_rows[name] - row, len(rows))
-            found.append(rounder.quantize(type_name, rows[start:stop], weights[matrix]))
-            start = stop
+        try:
+            if weights is None:
+                return rounder.quantize(type_name, rows)
+            while start < len(rows):
+                matrix, row = divmod(first_row + start, num_rows[name])
+                stop = min(start + num_rows[name] - row, len(rows))
+                found.append(rounder.quantize(type_name, rows[start:stop], weights[matrix]))
+                start = stop
+        except ValueError as error:  # of the numbers; the rest was found out before
+            raise ModelFileInvalid(
+                f"tensor '{name}' cannot become {type_name} ({error}); download the model again"
+            ) from None
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     try:

@@ -57,14 +57,36 @@ def test_importance_moves_the_rounding_to_where_it_matters_less() -> None:
         ("Q4_0", ROWS[:0], None),
         ("Q4_0", np.full((2, 32), np.nan, np.float32), None),
         ("Q4_0", np.full((2, 32), np.inf, np.float32), None),
+        ("Q4_0", np.full((2, 32), 2e9, np.float32), None),
         ("IQ2_XXS", ROWS, None),
         ("Q4_0", ROWS, np.ones(511, np.float32)),
         ("Q4_0", ROWS, -np.ones(512, np.float32)),
         ("Q4_0", ROWS, np.full(512, np.nan, np.float32)),
+        ("IQ2_XS", ROWS, np.full(512, 1e37, np.float32)),
     ],
 )
 def test_what_ggml_would_abort_on_never_reaches_it(type_name: str, rows: Any, importance: Any) -> None:
     quantizer = get_backend("llamacpp").row_quantizer(1)
     with pytest.raises(ValueError):
         quantizer.quantize(type_name, rows, importance)
+    quantizer.close()
+
+
+@pytest.mark.parametrize(
+    "type_name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "IQ3_XXS", "Q4_K"]
+)
+@pytest.mark.parametrize("size", [1.0, 9e8])
+def test_the_largest_and_smallest_importance_end_in_blocks(type_name: str, size: float) -> None:
+    """ggml ends the process where a sum overflows."""
+    quantizer = get_backend("llamacpp").row_quantizer(1)
+    rows = np.clip(ROWS[:4], -1.0, 1.0) * np.float32(size)
+    random = np.random.default_rng(2)
+    for importance in (
+        np.zeros(512, np.float32),
+        np.full(512, 1e15, np.float32),
+        np.full(512, 1e-45, np.float32),
+        np.where(np.arange(512) % 32, 0.0, 1e15).astype(np.float32),
+        10.0 ** random.uniform(-45.0, 15.0, 512).astype(np.float32),
+    ):
+        assert quantizer.quantize(type_name, rows, importance).size
     quantizer.close()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from edgeinfer.backend import MOST_IMPORTANCE
 from edgeinfer_backends.llamacpp.library import ggml, library
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Of a tensor that several threads share; each thread takes whole rows.
 _LEAST_ELEMENTS = 2**16
+# No type's scale and numbers reach further; ggml's sums of squares overflow some way beyond it, where it
+# finds no block that fits and ends the process.
+_MOST = 1e9
 # ggml has no function for them, or asserts an importance matrix where there is none.
 _NOT_WRITTEN = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "NVFP4")
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")
@@ -61,8 +65,9 @@ class GgmlRows:
             raise ValueError(
                 f"rows of the shape {list(rows.shape)} are not whole blocks of {kind.block}"
             )
-        if not np.isfinite(rows).all():
-            raise ValueError("rows hold a number that is not finite")
+        # A NaN is neither; a comparison with it is false.
+        if not (rows.min() >= -_MOST and rows.max() <= _MOST):
+            raise ValueError(f"rows hold a number that is not finite, or larger than {_MOST:g}")
         if importance is None and type_name in NEED_IMPORTANCE:
             raise ValueError(f"{type_name} needs the importance of each column")
         values = np.ascontiguousarray(rows, dtype=np.float32)
@@ -101,6 +106,11 @@ def _checked(importance: Floats | None, width: int) -> Any:
 
     if importance is None:
         return None
-    if importance.shape != (width,) or not np.isfinite(importance).all() or (importance < 0).any():
-        raise ValueError(f"importance is one number of at least 0 for each of {width} columns")
+    is_sound = importance.shape == (width,) and (
+        importance.min() >= 0 and importance.max() <= MOST_IMPORTANCE
+    )
+    if not is_sound:
+        raise ValueError(
+            f"importance is one number from 0 to {MOST_IMPORTANCE:g} for each of {width} columns"
+        )
     return np.ascontiguousarray(importance, dtype=np.float32)
