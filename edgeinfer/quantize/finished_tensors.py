@@ -58,6 +58,10 @@ class FinishedTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._done
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._done)
+
     def error(self, name: str) -> float:
         return self._done[name].error
 
