@@ -319,10 +319,23 @@ WeightType = Annotated[
     str,
     _option(
         "type",
-        "Of the weights: f16, bf16, f32, or one of ggml's, like q4_0, q4_k_m, q8_0.",
+        "Of the weights: f16, bf16, f32, or one of ggml's, like q4_0, q4_k_m, q8_0. auto: the fastest on"
+        " this machine that loses no more than --max-kl.",
         "TYPE",
         _WEIGHTS,
     ),
+]
+MaxKl = Annotated[
+    float | None,
+    _option(
+        "max-kl",
+        "The most a type may lose, in nats a token from the model as it is. Default: 0.05.",
+        "NATS",
+        _WEIGHTS,
+    ),
+]
+Refresh = Annotated[
+    bool, _switch("refresh", "Measure the types' speed again instead of using what is known.")
 ]
 To = Annotated[
     str, _option("to", "gguf: one file; safetensors: a Hugging Face folder.", "FORM", _WEIGHTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,8 +22,10 @@ Source = Annotated[
 def quantize(
     model: Source,
     output: options.Output = None,
-    type_name: options.WeightType = "f16",
+    type_name: options.WeightType = "auto",
     to: options.To = "gguf",
+    max_kl: options.MaxKl = None,
+    refresh: options.Refresh = False,
     force: options.Force = False,
     quiet: options.Quiet = False,
     json_output: options.JsonOutput = False,
@@ -31,10 +34,26 @@ def quantize(
     """Write a model's weights in fewer bits, or in another form: safetensors to GGUF and back."""
     from edgeinfer.quantize.quantization import TYPES
 
+    chosen: dict[str, Any] = {}
+    if type_name == "auto" and to == "gguf":
+        from edgeinfer.cli.automatic_type import choose, json_fields
+
+        found = choose(
+            _found(model),
+            output,
+            max_kl,
+            force=force,
+            refresh=refresh,
+            quiet=quiet,
+            json_output=json_output,
+        )
+        type_name, chosen = found.chosen.type_name, json_fields(found)
+    elif type_name == "auto":
+        type_name = "f16"  # what a folder of safetensors has
     if type_name in TYPES:
         if to != "gguf":
             raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")
-        _quantize(model, output, type_name, force=force, quiet=quiet, json_output=json_output)
+        _quantize(model, output, type_name, chosen, force=force, quiet=quiet, json_output=json_output)
         return
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
@@ -63,6 +82,7 @@ def quantize(
                 "family": source.family.name,
                 "bytes": plan.num_bytes,
                 "notes": list(plan.notes),
+                **chosen,
             }
         )
         return
@@ -70,8 +90,16 @@ def quantize(
 
 
 def _quantize(
-    model: str, output: str | None, type_name: str, *, force: bool, quiet: bool, json_output: bool
+    model: str,
+    output: str | None,
+    type_name: str,
+    chosen: Mapping[str, Any],
+    *,
+    force: bool,
+    quiet: bool,
+    json_output: bool,
 ) -> None:
+    """chosen: what is to be told of the choice of the type."""
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
     from edgeinfer.quantize.quantization import opened, plan_quantization, quantize
@@ -97,6 +125,7 @@ def _quantize(
                 "bits_per_weight": plan.bits_per_weight,
                 "bytes_by_type": shares,
                 "notes": list(plan.notes),
+                **chosen,
             }
         )
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,21 @@ _FORMATS = {
     "u64": "Q", "i64": "q", "f64": "d",
 }  # fmt: skip
 _SCALARS = {name: struct.Struct("<" + code) for name, code in _FORMATS.items()}
+_NUMBERS = {name: number for number, name in _NAMES.items()}
 _U32, _U64, _I64 = _SCALARS["u32"], _SCALARS["u64"], _SCALARS["i64"]
 
 Scalar = int | float | bool | str
+
+
+def integer_value(kind: str, value: int) -> bytes:
+    """A metadata value with its type in front, as a file has it."""
+    return struct.pack("<I", _NUMBERS[kind]) + _SCALARS[kind].pack(value)
+
+
+def numbers_value(kind: str, values: Sequence[Scalar]) -> bytes:
+    """An array of numbers, likewise."""
+    head = struct.pack("<IIQ", _NUMBERS["array"], _NUMBERS[kind], len(values))
+    return head + struct.pack(f"<{len(values)}{_FORMATS[kind]}", *values)
 
 
 @dataclass(frozen=True)

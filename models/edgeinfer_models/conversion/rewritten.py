@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def rewrite_gguf(
     total = sum(written_bytes(tensor, types[tensor.name]) for tensor in header.tensors)
     done = 0
     with NewFile(path, force=force) as new:
-        new.file.write(_head(header, types, file_type))
+        new.file.write(gguf_head(header, types, file_type))
         for tensor in header.tensors:
             size = 0
             for part in _parts(tensor, places[tensor.name], types[tensor.name], encode):
@@ -77,7 +77,7 @@ def _parts(
     width = tensor.shape[0]
     rows = tensor.elements // width
     if type_name is None or type_name == tensor.type_name:
-        yield from _copied(path, offset, tensor.num_bytes)
+        yield from copied(path, offset, tensor.num_bytes)
         return
     step = max(_CHUNK_BYTES // (4 * width), 1)
     for start in range(0, rows, step):
@@ -91,15 +91,23 @@ def _parts(
             yield encode(type_name, values)
 
 
-def _copied(path: Path, offset: int, num_bytes: int) -> Iterator[Array]:
+def copied(path: Path, offset: int, num_bytes: int) -> Iterator[Array]:
     import numpy as np
 
     for start in range(0, num_bytes, _CHUNK_BYTES):
         yield np.fromfile(path, np.uint8, min(_CHUNK_BYTES, num_bytes - start), offset=offset + start)
 
 
-def _head(header: GgufHeader, types: Mapping[str, str | None], file_type: int) -> bytes:
-    values = _raw_values(header.path)
+def gguf_head(
+    header: GgufHeader,
+    types: Mapping[str, str | None],
+    file_type: int,
+    changed: Mapping[str, bytes] = {},
+) -> bytes:
+    """Everything in front of the tensors' data. changed: metadata with other values than the header's
+    (their type's number, then the value)."""
+    values = _raw_values(header.path, dropped=(*_DROPPED, *changed))
+    values += [_string(key) + value for key, value in changed.items()]
     for key, value in (
         ("general.file_type", file_type),
         ("general.quantization_version", _QUANTIZATION_VERSION),
@@ -118,7 +126,7 @@ def _head(header: GgufHeader, types: Mapping[str, str | None], file_type: int) -
     return head + bytes(-len(head) % header.alignment)
 
 
-def _raw_values(path: Path) -> list[bytes]:
+def _raw_values(path: Path, dropped: Sequence[str]) -> list[bytes]:
     """The metadata's keys and values as they lie in a file whose header was checked, but for those that
     are written anew."""
     found: list[bytes] = []
@@ -130,7 +138,7 @@ def _raw_values(path: Path) -> list[bytes]:
             start = cursor.position
             key = cursor.name_string(f"metadata key {index}", MAX_KEY_BYTES)
             cursor.value(key)
-            if key not in _DROPPED:
+            if key not in dropped:
                 found.append(data[start : cursor.position])
     return found
 

@@ -65,7 +65,7 @@ def write_gguf(
     rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
     architecture, factors = plan.family.shape_to_gguf(plan.shape)
-    head = _head(plan, architecture, rules, factors)
+    head = model_head(plan, architecture, rules, factors)
     total = sum(tensor_bytes(rule, plan.type_of(rule)) for rule in rules)
     done = 0
 
@@ -81,7 +81,7 @@ def write_gguf(
         for values in factors.values():
             _write_padded(new.file, [recast_factors(values)])
         for rule in rules:
-            parts = _converted(source, rule, plan.type_of(rule), plan.encode)
+            parts = converted_rows(source, rule, plan.type_of(rule), plan.encode)
             written = _write_padded(new.file, told(parts))
             assert written == tensor_bytes(rule, plan.type_of(rule))
 
@@ -137,7 +137,7 @@ def _is_known_extra(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias")) or name == "lm_head.weight"
 
 
-def _head(
+def model_head(
     plan: GgufPlan, architecture: Mapping[str, Any], rules: Sequence[TensorRule], factors: Factors
 ) -> bytes:
     """Everything in front of the tensors' data."""
@@ -196,7 +196,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
-def _converted(
+def converted_rows(
     source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None
 ) -> Iterator[Array]:
     """A tensor's data in GGUF's order, a few rows at a time."""
