@@ -28,9 +28,9 @@ MeasureKl = Callable[[str], float]
 
 @dataclass(frozen=True)
 class TypeRow:
-    """What a model in one type costs on this machine. num_bytes: of its weights; memory_bytes: of running it. spread: of
-    the time of an answer between the rounds it was measured in, as a share. kl: from the model as it is,
-    in nats a token; None: not measured. is_original: the model as it is, of which nothing is written.
+    """What a model in one type costs on this machine. num_bytes: of its weights; memory_bytes: of
+    running it. spread: of an answer's time between rounds, as a share. kl: from the model as it is, in
+    nats a token; None: not measured. is_original: the model as it is, of which nothing is written.
     """
 
     type_name: str

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgeinfer.backend import Backend, Runtime, RuntimeSettings, SequenceStep, Step
-from edgeinfer.machine.probe import probe_machine
+from edgeinfer.machine.probe import CoreUse, probe_machine
 from edgeinfer.machine.step_cost import thread_candidates
 from edgeinfer.quantize.measuring_process import Teller, run_job
 from edgeinfer.registry import get_backend
@@ -27,7 +27,8 @@ PROMPTS = (256, 128, 64)
 _PROMPT_S = 0.5
 STEPS = 8  # decoded in a turn, and one before them that is not counted
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
-ENOUGH_S = 30.0  # no round but the least is begun after this time
+ENOUGH_S = 20.0  # no round but the least is begun after this time
+STEADY = 0.02  # nor where the quartiles of all that counts lie so near their median
 # Thread counts that took so much longer than the best in a first look are not looked at again.
 _HOPELESS = 1.3
 LOOKS = 2
@@ -49,10 +50,10 @@ class SpeedProcess:
         keys = list(self._paths)
         try:
             decode, prefill = self._look(keys[0])
-            begin = time.perf_counter()
+            begin, use = time.perf_counter(), CoreUse()
             for number in range(MOST_ROUNDS):
                 spent = time.perf_counter() - begin
-                if number >= LEAST_ROUNDS and spent > ENOUGH_S:
+                if number >= LEAST_ROUNDS and (spent > ENOUGH_S or self._is_steady()):
                     break
                 for index, key in enumerate(keys if number % 2 == 0 else reversed(keys)):
                     rounds = (number + index / len(keys)) / LEAST_ROUNDS
@@ -63,8 +64,17 @@ class SpeedProcess:
         finally:
             for runtime in self._loaded.values():
                 runtime.close()
+        self._teller.row({"free_cores": use.free_cores()})
         for key in keys:
             self._teller.row({"key": key, "decode": self._decode[key], "prefill": self._prefill[key]})
+
+    def _is_steady(self) -> bool:
+        for costs in (*self._decode.values(), *self._prefill.values()):
+            times = min(costs.values(), key=statistics.median)
+            low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+            if high - low > STEADY * middle:
+                return False
+        return True
 
     def _look(self, key: str) -> tuple[list[int], list[int]]:
         """The numbers of threads worth measuring, for decode and for prefill: those that the runtime's

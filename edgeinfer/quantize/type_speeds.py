@@ -47,6 +47,7 @@ TIMES_CACHE = 1.5
 LEAST_MORE_LAYERS = 4  # that the larger file has: the fewer, the more a rounding in either counts
 MEMORY_SHARE = 0.25  # of what is free, for one file
 KEPT_SHARE = 0.5  # for all of them loaded at once
+QUIET = 0.75  # of the cores must have been free for what was measured to be kept
 _COPIES = 2.0  # of the weights while a file is loaded: its pages and what is repacked from them
 _FORMAT = "1"
 
@@ -106,14 +107,21 @@ def measure_type_speeds(
         files += parts
     if not files:
         raise MeasureFailed("no type's speed can be measured: too little memory is free")
-    speeds = _measured(source, files, num_layers, available, progress)
-    save_measured(folder, conditions, [asdict(speed) for speed in speeds.values()])
+    speeds, is_quiet = _measured(source, files, num_layers, available, progress)
+    if is_quiet:
+        save_measured(folder, conditions, [asdict(speed) for speed in speeds.values()])
+    else:
+        notes.append(
+            "other programs were busy while the types were measured: their speeds are rough, and are"
+            " measured again the next time"
+        )
     return speeds, notes
 
 
 def _measured(
     source: Source, files: Sequence[_File], num_layers: int, available: int, progress: Progress
-) -> dict[str, TypeSpeed]:
+) -> tuple[dict[str, TypeSpeed], bool]:
+    """And whether the machine was there for it alone."""
     total = sum(file.num_bytes for file in files)
     parent = Path(tempfile.gettempdir())
     lacking = lacking_room(parent, total)
@@ -131,12 +139,19 @@ def _measured(
             "keeps_loaded": total * _COPIES <= KEPT_SHARE * available,
         }
         process = MeasuringProcess("edgeinfer.quantize.speed_process", job, progress)
-        found = {row["key"]: row for row in process.rows()}
+        found: dict[str, dict[str, Any]] = {}
+        is_quiet = True
+        for row in process.rows():
+            if "free_cores" in row:
+                free = row["free_cores"]
+                is_quiet = free is None or free >= QUIET * probe_machine().physical_cores
+            else:
+                found[row["key"]] = row
     speeds = {}
     for candidate in {file.candidate.type_name: file.candidate for file in files}.values():
         own = [file for file in files if file.candidate is candidate]
         speeds[candidate.type_name] = _speed(candidate, own, [found[file.key] for file in own])
-    return speeds
+    return speeds, is_quiet
 
 
 def _written(folder: Path, source: Source, file: _File, num_layers: int, made_up: MadeUpRows) -> Path:
