@@ -26,13 +26,7 @@ def measure(bar: Bar) -> None:
         folder = Path(temporary) / "eight"
         num_bytes = write_holes(folder, SHAPE_8B)
         out = Path(temporary) / "out.gguf"
-        command = [
-            str(Path(sys.executable).with_name("edgeinfer")),
-            "quantize",
-            str(folder),
-            "--type",
-            "f16",
-        ]
+        command = [str(Path(sys.executable).with_name("edgeinfer")), "quantize", str(folder)]
         command += ["--type", "f16", "-o", str(out)]
         begin = time.perf_counter()
         done = run_measured(command, timeout_s=1800.0, interval_s=0.05)

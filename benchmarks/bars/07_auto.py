@@ -1,4 +1,4 @@
-"""`quantize --type auto` picks a type within 5 % of the fastest that meets --max-kl, measured afterwards.
+"""`quantize --type auto` picks a type within 5 % of the fastest that meets --max-kl, measured after.
 
 The starter in F16: the table is measured as a user's is, a type is chosen, then every type's file is
 really written and answers: a prompt of 500 tokens, and a step at that context, times 200. The types take
@@ -89,7 +89,8 @@ def measure(bar: Bar) -> None:
         best = min([taken, *rivals], key=lambda name: real[name])
     share = real[taken] / real[best]
     bar.require(
-        f"{taken} loses {losses[taken]:.4f} <= {limit:g} and takes {share:.3f} of {best}'s time <= {MOST}",
+        f"{taken} loses {losses[taken]:.4f} <= {limit:g} and takes {share:.3f} of the time of {best},"
+        f" the fastest of those, <= {MOST}",
         share <= MOST and losses[taken] <= limit,
     )
 
