@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,7 +70,15 @@ def choose(
 
 def json_fields(found: TypeChoice) -> dict[str, Any]:
     """What the command's JSON says beside the file that was written."""
-    rows = [{**asdict(row), "answer_s": row.answer_s} for row in found.table]
+    rows = [
+        {
+            **asdict(row),
+            "answer_s": row.answer_s,
+            # JSON has no infinity
+            "kl": row.kl if row.kl is not None and math.isfinite(row.kl) else None,
+        }
+        for row in found.table
+    ]
     return {"table": rows, "reason": found.reason}
 
 

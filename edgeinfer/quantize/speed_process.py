@@ -81,8 +81,6 @@ class SpeedProcess:
         own tuner would choose among in the end. Sets the length of prompts."""
         found = thread_candidates(probe_machine().physical_cores)
         with self._runtime(key) as runtime:
-            runtime.set_threads(found[-1], found[-1])
-            _turn(runtime, found[-1], found[-1], PROMPTS[-1])  # a load's first steps are its slowest
             turns = {
                 threads: [_turn(runtime, threads, threads, PROMPTS[-1]) for _ in range(LOOKS)]
                 for threads in found
@@ -111,6 +109,8 @@ class SpeedProcess:
             runtime = self._backend.load(files, settings, lambda _: True)
             if self._keeps_loaded:
                 self._loaded[key] = runtime
+            facts = runtime.facts  # a load's first steps are its slowest
+            _turn(runtime, facts.threads, facts.threads_batch, PROMPTS[-1])
         try:
             yield runtime
         finally:
@@ -121,6 +121,7 @@ class SpeedProcess:
 def _turn(runtime: Runtime, decode: int, prefill: int, prompt: int) -> tuple[float, float]:
     """Seconds a token: decoded, read."""
     runtime.set_threads(decode, prefill)
+    prompt = max(1, min(prompt, runtime.facts.context - STEPS - 1))
     sequence = runtime.open()
     try:
         begin = time.perf_counter()

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeinfer.errors import MeasureFailed
+from edgeinfer.errors import EdgeInferError, MeasureFailed
 from edgeinfer.machine.cost_store import load_measured, save_measured
 from edgeinfer.machine.probe import machine_fingerprint, probe_machine
 from edgeinfer.machine.processor_cache import last_level_cache_bytes
@@ -141,12 +141,17 @@ def _measured(
         process = MeasuringProcess("edgeinfer.quantize.speed_process", job, progress)
         found: dict[str, dict[str, Any]] = {}
         is_quiet = True
-        for row in process.rows():
-            if "free_cores" in row:
-                free = row["free_cores"]
-                is_quiet = free is None or free >= QUIET * probe_machine().physical_cores
-            else:
-                found[row["key"]] = row
+        try:
+            for row in process.rows():
+                if "free_cores" in row:
+                    free = row["free_cores"]
+                    is_quiet = free is None or free >= QUIET * probe_machine().physical_cores
+                else:
+                    found[row["key"]] = row
+        except EdgeInferError as error:
+            raise MeasureFailed(
+                f"the types' speed cannot be measured ({error}); name one: --type q4_k_m, say"
+            ) from None
     speeds = {}
     for candidate in {file.candidate.type_name: file.candidate for file in files}.values():
         own = [file for file in files if file.candidate is candidate]
