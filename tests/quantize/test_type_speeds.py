@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgeinfer.errors import MeasureFailed
+from edgeinfer.errors import LoadFailed, MeasureFailed
 from edgeinfer.machine.processor_cache import ASSUMED_BYTES, last_level_cache_bytes
 from edgeinfer.quantize import type_speeds
 from edgeinfer.quantize.auto import type_table
@@ -198,6 +198,17 @@ def test_a_process_that_dies_is_one_line(file: Path, tmp_path: Path) -> None:
 
     with pytest.raises(MeasureFailed, match="exit code 1"):
         list(MeasuringProcess("no.such.module", {}, lambda *_: None).rows())
+
+
+def test_a_model_that_cannot_be_measured_says_what_to_do_instead(
+    file: Path, tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> list[dict[str, Any]]:
+        raise LoadFailed("it does not load")
+
+    monkeypatch.setattr(Scripted, "rows", fail)
+    with pytest.raises(MeasureFailed, match=r"\(it does not load\); name one: --type"):
+        type_table(opened(file), file, None, tmp_path / "kept")
 
 
 def test_the_last_cache_is_read_as_the_system_tells_it(tmp_path: Path) -> None:
