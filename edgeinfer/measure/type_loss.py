@@ -8,7 +8,6 @@ The comparison runs in a process of its own (`python -m edgeinfer.measure.type_l
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from edgeinfer.errors import MeasureFailed
 from edgeinfer.measure.quality import CHUNK, agreement
 from edgeinfer.quantize.measuring_process import MeasuringProcess, Teller, run_job
 from edgeinfer.quantize.quantization import Source, plan_quantization, quantize
+from edgeinfer.quantize.scratch_folder import scratch_folder
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.conversion import (
     convert,
@@ -48,7 +48,7 @@ class TypeLoss:
         self._text = text
         self._tokens = tokens
         self._progress = progress
-        self._temporary = tempfile.TemporaryDirectory(prefix="edgeinfer-types-")
+        self._temporary = scratch_folder()
         self._folder = Path(self._temporary.name)
         self._reference: Path | None = path if isinstance(source, GgufHeader) else None
 

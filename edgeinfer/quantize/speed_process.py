@@ -28,6 +28,7 @@ _PROMPT_S = 0.5
 STEPS = 8  # decoded in a turn, and one before them that is not counted
 LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 ENOUGH_S = 20.0  # no round but the least is begun after this time
+MOST_S = 60.0  # nor these but the first: the machine is busy, and nothing of it will be kept
 STEADY = 0.02  # nor where the quartiles of all that counts lie so near their median
 # Thread counts that took so much longer than the best in a first look are not looked at again.
 _HOPELESS = 1.3
@@ -53,6 +54,8 @@ class SpeedProcess:
             begin, use = time.perf_counter(), CoreUse()
             for number in range(MOST_ROUNDS):
                 spent = time.perf_counter() - begin
+                if number and spent > MOST_S:
+                    break
                 if number >= LEAST_ROUNDS and (spent > ENOUGH_S or self._is_steady()):
                     break
                 for index, key in enumerate(keys if number % 2 == 0 else reversed(keys)):

@@ -33,6 +33,7 @@ from edgeinfer.quantize.choice import ANSWER_TOKENS, PROMPT_TOKENS
 from edgeinfer.quantize.made_up_rows import MadeUpRows
 from edgeinfer.quantize.measuring_process import MeasuringProcess
 from edgeinfer.quantize.quantization import Source
+from edgeinfer.quantize.scratch_folder import scratch_folder
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.stand_in import layer_of, write_stand_in
@@ -128,7 +129,7 @@ def _measured(
     if lacking:
         raise MeasureFailed(f"{parent}: measuring the types {lacking}; free some, or set TMPDIR")
     rows = get_backend(BACKEND).row_quantizer()
-    with contextlib.closing(rows), tempfile.TemporaryDirectory(prefix="edgeinfer-types-") as name:
+    with contextlib.closing(rows), scratch_folder() as name:
         made_up, paths = MadeUpRows(rows), {}
         for index, file in enumerate(files):
             progress("writing layers of each type", index / len(files))
