@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeinfer.measure.quality import CHUNK, agreement
-
 from benchmarks.alternate import table
 from benchmarks.model_files import starter, starter_f16
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.measure.texts import measured_text
+from edgeinfer.quality.agreement import agreement
+from edgeinfer.quality.predictions import CHUNK
 from edgeinfer.quantize.folders import FolderOptions, FolderPlan, plan_folder, write
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.floats import to_float32

@@ -335,8 +335,9 @@ WeightType = Annotated[
     str | None,
     _option(
         "type",
-        "Of the weights: f16 (default), bf16, f32; one of ggml's, like q4_0, q4_k_m, q8_0; of MLX's,"
-        " mlx-4bit or mlx-8bit; int8, int4 or fp8 for torch.",
+        "Of the weights. auto (default): of ggml's the fastest on this machine that loses no more than"
+        " --max-kl. f16, bf16, f32; one of ggml's, like q4_0, q4_k_m, q8_0; of MLX's, mlx-4bit or"
+        " mlx-8bit; int8, int4 or fp8 for torch.",
         "TYPE",
         _WEIGHTS,
     ),
@@ -360,6 +361,18 @@ ImatrixFile = Annotated[
         "FILE",
         _WEIGHTS,
     ),
+]
+MaxKl = Annotated[
+    float | None,
+    _option(
+        "max-kl",
+        "The most a type may lose, in nats a token from the model as it is. Default: 0.05.",
+        "NATS",
+        _WEIGHTS,
+    ),
+]
+Refresh = Annotated[
+    bool, _switch("refresh", "Measure the types' speed again instead of using what is known.")
 ]
 To = Annotated[
     str | None,

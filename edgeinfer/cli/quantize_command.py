@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +23,8 @@ def quantize(
     model: Source,
     output: options.Output = None,
     type_name: options.WeightType = None,
+    max_kl: options.MaxKl = None,
+    refresh: options.Refresh = False,
     method: options.Method = None,
     imatrix: options.ImatrixFile = None,
     to: options.To = None,
@@ -36,13 +39,33 @@ def quantize(
     from edgeinfer.cli.folder_output import is_folder_type, write_folder
     from edgeinfer.quantize.quantization import TYPES
 
-    chosen = _checked_method(method, imatrix)
+    rounded = _checked_method(method, imatrix)
+    type_name = None if type_name == "auto" else type_name
+    is_automatic = type_name is None and to in (None, "gguf")
+    if not is_automatic and (refresh or max_kl is not None):
+        option = "--refresh" if max_kl is None else "--max-kl"
+        raise UsageError(f"{option} is for --type auto, which chooses among the types of GGUF files")
     if is_folder_type(type_name, to, group_size, scale_type):
         path = _found(model)
         write_folder(
             path, type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
         )
         return
+    chosen: dict[str, Any] = {}
+    if is_automatic:
+        from edgeinfer.cli.automatic_type import choose, json_fields
+
+        found = choose(
+            _found(model),
+            output,
+            max_kl,
+            imatrix,
+            force=force,
+            refresh=refresh,
+            quiet=quiet,
+            json_output=json_output,
+        )
+        type_name, chosen = found.chosen.type_name, json_fields(found)
     type_name, to = type_name or "f16", to or "gguf"
     if type_name in TYPES:
         if to != "gguf":
@@ -51,8 +74,9 @@ def quantize(
             model,
             output,
             type_name,
-            chosen,
+            rounded,
             imatrix,
+            chosen,
             force=force,
             quiet=quiet,
             json_output=json_output,
@@ -60,7 +84,9 @@ def quantize(
         return
     if method is not None or imatrix is not None:
         given = "--method" if imatrix is None else "--imatrix"
-        raise UsageError(f"{given} is for fewer bits, which --type {type_name[:40]!r} is not")
+        if not is_automatic:
+            raise UsageError(f"{given} is for fewer bits, which --type {type_name[:40]!r} is not")
+        typer.echo(f"edgeinfer: {given} changes nothing in {type_name}", err=True)
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
     from edgeinfer.quantize.conversion import CONTAINERS, convert, plan_conversion
@@ -88,6 +114,7 @@ def quantize(
                 "family": source.family.name,
                 "bytes": plan.num_bytes,
                 "notes": list(plan.notes),
+                **chosen,
             }
         )
         return
@@ -116,11 +143,13 @@ def _quantize(
     type_name: str,
     method: str,
     imatrix: str | None,
+    chosen: Mapping[str, Any],
     *,
     force: bool,
     quiet: bool,
     json_output: bool,
 ) -> None:
+    """chosen: what is to be told of the choice of the type."""
     from edgeinfer.cli.output import StatusLine, emit, emit_json
     from edgeinfer.machine.ledger import shown_bytes
     from edgeinfer.quantize.importance import named_imatrix
@@ -148,6 +177,7 @@ def _quantize(
                 "bits_per_weight": plan.bits_per_weight,
                 "bytes_by_type": shares,
                 "notes": list(plan.notes),
+                **chosen,
             }
         )
         return

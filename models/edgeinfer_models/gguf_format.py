@@ -24,11 +24,12 @@ _NAMES = {
     0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "str",
     9: "array", 10: "u64", 11: "i64", 12: "f64",
 }  # fmt: skip
-_FORMATS = {
+NUMBER_FORMATS = {  # of struct
     "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "B",
     "u64": "Q", "i64": "q", "f64": "d",
 }  # fmt: skip
-_SCALARS = {name: struct.Struct("<" + code) for name, code in _FORMATS.items()}
+_SCALARS = {name: struct.Struct("<" + code) for name, code in NUMBER_FORMATS.items()}
+VALUE_TYPES = {name: number for number, name in _NAMES.items()}
 _U32, _U64, _I64 = _SCALARS["u32"], _SCALARS["u64"], _SCALARS["i64"]
 
 Scalar = int | float | bool | str
@@ -187,5 +188,5 @@ class Cursor:
 
 
 def _decode_numbers(kind: str, length: int, data: bytes | mmap.mmap, offset: int) -> list[Scalar]:
-    numbers = struct.unpack_from(f"<{length}{_FORMATS[kind]}", data, offset)
+    numbers = struct.unpack_from(f"<{length}{NUMBER_FORMATS[kind]}", data, offset)
     return [bool(n) for n in numbers] if kind == "bool" else list(numbers)

@@ -52,10 +52,10 @@ def test_what_is_there_is_replaced_only_with_force(
 ) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"mine")
-    done = console("quantize", folder, "-o", out)
+    done = console("quantize", folder, "--type", "f16", "-o", out)
     assert (done.code, out.read_bytes()) == (2, b"mine")
     assert "--force" in done.error_line
-    assert console("quantize", folder, "-o", out, "--force").code == 0
+    assert console("quantize", folder, "--type", "f16", "-o", out, "--force").code == 0
     assert out.read_bytes()[:4] == b"GGUF"
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -54,7 +54,7 @@ def test_a_packed_folder_becomes_a_gguf_file_that_answers(
     for type_name in ("mlx-4bit", "int8"):
         assert console("quantize", folder, "--type", type_name).code == 0
         out = tmp_path / f"{type_name}.gguf"
-        done = console("quantize", tmp_path / f"tiny-{type_name}", "-o", out)
+        done = console("quantize", tmp_path / f"tiny-{type_name}", "--type", "f16", "-o", out)
         assert done.code == 0, done.err
         answered = console("run", "--temp", "0", "--max-tokens", "4", "--ctx", "128", out, "hello")
         assert answered.code == 0, answered.err

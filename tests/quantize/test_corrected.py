@@ -172,7 +172,10 @@ def test_damaged_work_is_made_anew(tmp_path: Path) -> None:
 
 def test_what_awq_cannot_scale_is_said(tmp_path: Path) -> None:
     def shape(name: str) -> DecoderShape:
-        folder = write_folder(tmp_path / f"{name} {len(list(tmp_path.iterdir()))}", {**full(CONFIGS[name]), "pad_token_id": 0})
+        folder = write_folder(
+            tmp_path / f"{name} {len(list(tmp_path.iterdir()))}",
+            {**full(CONFIGS[name]), "pad_token_id": 0},
+        )
         return source_of_folder(folder).shape
 
     assert links_of(shape("llama"))[1] == []

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME
+from edgeinfer_models.gguf_format import NUMBER_FORMATS, VALUE_TYPES, Scalar
 from edgeinfer_models.gguf_header import DEFAULT_ALIGNMENT, MAGIC
 
 _VERSION = 3
-_U32, _STRING, _ARRAY = 4, 8, 9  # of GGUF's value types
+_U32, _STRING, _ARRAY = (VALUE_TYPES[name] for name in ("u32", "str", "array"))
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ def entry(key: str, value: int | str | Sequence[str]) -> bytes:
         return _string(key) + struct.pack("<I", _STRING) + _string(value)
     texts = b"".join(_string(text) for text in value)
     return _string(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + texts
+
+
+def number_entry(key: str, kind: str, value: Scalar) -> bytes:
+    """kind: of GGUF's types of numbers, "u32", "f32" …"""
+    return _string(key) + struct.pack(f"<I{NUMBER_FORMATS[kind]}", VALUE_TYPES[kind], value)
+
+
+def numbers_entry(key: str, kind: str, values: Sequence[Scalar]) -> bytes:
+    """An array of them."""
+    numbers = struct.pack(f"<{len(values)}{NUMBER_FORMATS[kind]}", *values)
+    return _string(key) + struct.pack("<IIQ", _ARRAY, VALUE_TYPES[kind], len(values)) + numbers
 
 
 def _string(text: str) -> bytes:

@@ -24,12 +24,21 @@ class NewFile:
     """with NewFile(path) as new: new.file.write(…); it is there after the block, if that did not raise.
 
     force: whether a file of that name may be replaced. within: a folder of the same file system to write
-    in, where the file's own is to be made at the end. Raises UsageError where a file is there, OSError.
+    in, where the file's own is to be made at the end. is_lasting: whether it is to outlive a power cut,
+    which takes the time to write it to the disk. Raises UsageError where a file is there, OSError.
     """
 
-    def __init__(self, path: Path, *, force: bool = False, within: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        force: bool = False,
+        within: Path | None = None,
+        is_lasting: bool = True,
+    ) -> None:
         self.path = path
         self._force = force
+        self._is_lasting = is_lasting
         self._within = within or path.parent
         self._named: Path | None = None
         self.file: IO[bytes] = self._open()
@@ -64,7 +73,8 @@ class NewFile:
 
     def _finish(self) -> None:
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if self._is_lasting:
+            os.fsync(self.file.fileno())
         self.path.parent.mkdir(exist_ok=True)
         if self._named is None:
             self._link()

@@ -58,6 +58,7 @@ def rewrite_gguf(
     can read back), UsageError (the file is there), OSError; then nothing is left."""
     places = places_of(header)
     known = stored or {}
+    entries = {key: entry(key, value) for key, value in metadata.items()}
     tensors = [
         stored_data(known[tensor.name])
         if tensor.name in known
@@ -72,7 +73,7 @@ def rewrite_gguf(
         for each, tensor in zip(tensors, header.tensors, strict=True)
     )
     with NewFile(path, force=force) as new:
-        new.file.write(_head(header, types, metadata))
+        new.file.write(rewritten_head(header, types, entries))
         write_tensors(new.file, tensors, header.alignment, threads=threads, progress=progress)
 
 
@@ -87,9 +88,7 @@ def _parts(
 ) -> Iterator[Part]:
     path, offset = place
     if type_name is None or type_name == tensor.type_name:
-        for start in range(0, tensor.num_bytes, PART_BYTES):
-            size = min(PART_BYTES, tensor.num_bytes - start)
-            yield partial(stored_bytes, path, offset + start, size)
+        yield from stored_parts(tensor, place)
         return
     width = tensor.shape[0]
     rows = tensor.elements // width
@@ -107,11 +106,19 @@ def _parts(
         yield partial(part, start, min(start + step, rows))
 
 
-def _head(
-    header: GgufHeader, types: Mapping[str, str | None], metadata: Mapping[str, int | str]
+def stored_parts(tensor: GgufTensor, place: tuple[Path, int]) -> Iterator[Part]:
+    """A tensor's data as they are. place: of its file and of where they begin there."""
+    path, offset = place
+    for start in range(0, tensor.num_bytes, PART_BYTES):
+        size = min(PART_BYTES, tensor.num_bytes - start)
+        yield partial(stored_bytes, path, offset + start, size)
+
+
+def rewritten_head(
+    header: GgufHeader, types: Mapping[str, str | None], entries: Mapping[str, bytes]
 ) -> bytes:
-    entries = _raw_entries(header.path, {*_OF_SPLITS, *_OF_IMATRIX, *metadata})
-    entries += [entry(key, value) for key, value in metadata.items()]
+    """Everything in front of the tensors' data. entries: of the metadata that are said anew, by key."""
+    kept = _raw_entries(header.path, {*_OF_SPLITS, *_OF_IMATRIX, *entries})
     tensors = [
         TensorEntry(
             tensor.name,
@@ -121,7 +128,7 @@ def _head(
         )
         for tensor in header.tensors
     ]
-    return head(entries, tensors, header.alignment)
+    return head([*kept, *entries.values()], tensors, header.alignment)
 
 
 def _raw_entries(path: Path, dropped: Container[str]) -> list[bytes]:

@@ -73,18 +73,15 @@ def write_gguf(
     UnsupportedModel, UsageError (the file is there), OSError."""
     rules = plan.family.rules(plan.shape)
     check_tensors(source, rules)
-    _, factors = plan.family.shape_to_gguf(plan.shape)
     head = model_head(plan)
-    tensors = [
-        TensorData(4 * len(values), [partial(recast_factors, values)]) for values in factors.values()
-    ]
+    tensors = factor_tensors(plan)
     known = stored or {}
     of_rules = [
         stored_data(known[rule.gguf])
         if rule.gguf in known
         else TensorData(
             tensor_bytes(rule, plan.type_of(rule)),
-            _parts(source, rule, plan.type_of(rule), plan.encode),
+            tensor_parts(source, rule, plan.type_of(rule), plan.encode),
         )
         for rule in rules
     ]
@@ -133,7 +130,13 @@ def check_tensors(source: TensorSource, rules: Sequence[TensorRule]) -> None:
         )
 
 
-def recast_factors(values: Sequence[float]) -> Array:
+def factor_tensors(plan: GgufPlan) -> list[TensorData]:
+    """What GGUF has as tensors, and a folder in its config.json; in front of all others."""
+    _, factors = plan.family.shape_to_gguf(plan.shape)
+    return [TensorData(4 * len(values), [partial(_factors, values)]) for values in factors.values()]
+
+
+def _factors(values: Sequence[float]) -> Array:
     import numpy as np
 
     return np.asarray(values, dtype=np.float32)
@@ -206,7 +209,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
-def _parts(source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None) -> Iterator[Part]:
+def tensor_parts(
+    source: TensorSource, rule: TensorRule, wanted: str, encode: Encode | None
+) -> Iterator[Part]:
     """A tensor's data in GGUF's order, a few rows at a time."""
 
     def part(index: int, start: int, stop: int) -> Array:
