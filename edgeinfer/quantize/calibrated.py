@@ -53,7 +53,7 @@ def calibrated(source: Source, text: Path | None, tokens: int) -> Iterator[Calib
     lacking = backend.lacks()
     if lacking:
         raise BackendUnavailable(f"calibration runs through torch: {lacking}; or take --method rtn")
-    model = backend.open_layers(_files_of(known), TEXT_TOKENS)
+    model = backend.open_layers(files_of(known), TEXT_TOKENS)
     try:
         yield Calibrated(known, model, read_calibration(text, model.tokenizer, tokens))
     finally:
@@ -124,7 +124,7 @@ def stored_of(finished: FinishedTensors, plan: Quantization) -> Mapping[str, npt
     return {name: finished.blocks(name) for name in plan.types if name in finished}
 
 
-def _files_of(source: SourceModel) -> ModelFiles:
+def files_of(source: SourceModel) -> ModelFiles:
     origin = source.origin
     if isinstance(origin, GgufHeader):
         return ModelFiles(source.name, (origin.path,), "gguf")

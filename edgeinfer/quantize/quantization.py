@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +112,7 @@ def plan_quantization(
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
     num_bytes = sum(_sizes(source, chosen).values())
-    lacking = lacking_room(target.parent, num_bytes)
-    if lacking:
-        raise UsageError(f"{target}: {lacking}; free some, or give another -o")
+    _require_room(target, num_bytes)
     types = {name: kind or _own_type(source, name) for name, kind in chosen.items()}
     elements = sum(_product(shape) for shape in shapes.values())
     notes = _notes(source, preset, chosen)
@@ -131,6 +129,14 @@ def plan_quantization(
         imatrix,
         importance,
     )
+
+
+def with_types(plan: Quantization, chosen: Mapping[str, str | None]) -> Quantization:
+    """The same with other types of its tensors. Raises UsageError where they find no room."""
+    num_bytes = sum(_sizes(plan.source, chosen).values())
+    _require_room(plan.out, num_bytes)
+    types = {name: kind or _own_type(plan.source, name) for name, kind in chosen.items()}
+    return replace(plan, types=types, chosen=chosen, num_bytes=num_bytes)
 
 
 def quantize(
@@ -180,6 +186,12 @@ def quantize(
         force=plan.force,
         progress=progress,
     )
+
+
+def _require_room(target: Path, num_bytes: int) -> None:
+    lacking = lacking_room(target.parent, num_bytes)
+    if lacking:
+        raise UsageError(f"{target}: {lacking}; free some, or give another -o")
 
 
 def _num_rows(plan: Quantization) -> dict[str, int]:
