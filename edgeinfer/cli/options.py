@@ -378,8 +378,8 @@ To = Annotated[
     str | None,
     _option(
         "to",
-        "gguf: one file (default); safetensors: a Hugging Face folder; mlx: a folder for mlx-lm (of"
-        " mlx-4bit, if no --type says otherwise).",
+        "gguf: one file (default); safetensors: a Hugging Face folder (of f16, if no --type says"
+        " otherwise); mlx: a folder for mlx-lm (likewise of mlx-4bit).",
         "FORM",
         _WEIGHTS,
     ),
