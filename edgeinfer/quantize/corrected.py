@@ -22,9 +22,9 @@ from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output
 from edgeinfer.quantize.layer_walk import Inputs, LayerWalk
 from edgeinfer.quantize.scaling import Link, best_scales, links_of
 from edgeinfer_models.conversion.floats import to_float32
+from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 from edgeinfer_models.families.changes import from_gguf, to_gguf
 from edgeinfer_models.families.tensors import TensorRule, decoder_name
-from edgeinfer_models.ggml_grids import GRIDS, unpack
 
 if TYPE_CHECKING:
     import numpy.typing as npt

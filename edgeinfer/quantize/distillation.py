@@ -19,8 +19,8 @@ import numpy as np
 
 from edgeinfer.quantize.corrected import Place, decoder_places
 from edgeinfer.quantize.teacher import Teacher
+from edgeinfer_models.conversion.ggml_grids import GRIDS, Parts, pack, to_f16, unpack
 from edgeinfer_models.families.changes import from_gguf, to_gguf
-from edgeinfer_models.ggml_grids import GRIDS, Parts, pack, to_f16, unpack
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeinfer_models.ggml_grids import GRIDS, Grid, Parts, pack, to_f16, unpack
+from edgeinfer_models.conversion.ggml_grids import GRIDS, Grid, Parts, pack, to_f16, unpack
 
 if TYPE_CHECKING:
     import numpy.typing as npt

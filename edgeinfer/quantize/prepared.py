@@ -40,9 +40,9 @@ from edgeinfer.quantize.quantization import (
 from edgeinfer.quantize.sensitivity import sensitivities
 from edgeinfer.quantize.teacher import Teacher
 from edgeinfer.registry import get_backend
+from edgeinfer_models.conversion.ggml_grids import GRIDS
 from edgeinfer_models.conversion.imatrix import write_imatrix
 from edgeinfer_models.conversion.model import SourceModel, source_of_gguf
-from edgeinfer_models.ggml_grids import GRIDS
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 from edgeinfer_models.families.shape import DecoderShape
-from edgeinfer_models.ggml_grids import GRIDS, unpack
 
 if TYPE_CHECKING:
     import numpy.typing as npt

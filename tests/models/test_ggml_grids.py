@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgeinfer.registry import get_backend
-from edgeinfer_models.ggml_grids import GRIDS, Parts, pack, unpack
+from edgeinfer_models.conversion.ggml_grids import GRIDS, Parts, pack, unpack
 
 
 def some_blocks(name: str, rows: int = 6, width: int = 512) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from edgeinfer.backend import RowQuantizer
 from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output_error
 from edgeinfer.registry import get_backend
-from edgeinfer_models.ggml_grids import GRIDS, pack, unpack
+from edgeinfer_models.conversion.ggml_grids import GRIDS, pack, unpack
 
 ROWS, WIDTH = 48, 512
 

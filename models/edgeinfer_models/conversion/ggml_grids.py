@@ -144,7 +144,7 @@ def pack(name: str, parts: Parts) -> Blocks:
         parts.codes.reshape(count, -1),
     )
     found: Blocks = np.concatenate(_WRITERS[name](each), axis=1)
-    assert found.shape == (count, GGML_TYPES_BY_NAME[name].block_bytes), name  # noqa: S101
+    assert found.shape == (count, GGML_TYPES_BY_NAME[name].block_bytes), name
     return found.reshape(rows, -1)
 
 
