@@ -27,6 +27,7 @@
     │   ├── SharedCells           the operation would change another sequence's cells
     │   └── SnapshotRejected      a KV snapshot is not for this runtime, or is damaged
     ├── MeasureFailed             a benchmark's figure would not be what it says
+    ├── QualityTooLow             a file that lost more than was allowed, and was not kept
     ├── ExtraMissing              an optional package is not installed; says how to get it
     ├── EndpointFailed            an HTTP endpoint answered with what it should not
     │   └── EndpointUnreachable   nobody answers there, or no longer
@@ -185,6 +186,10 @@ class SnapshotRejected(BackendError):
 
 class MeasureFailed(EdgeInferError):
     pass
+
+
+class QualityTooLow(EdgeInferError):
+    """A quantized model lost more than was allowed; it was not kept."""
 
 
 class ExtraMissing(EdgeInferError):

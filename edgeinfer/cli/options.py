@@ -346,8 +346,10 @@ Method = Annotated[
     str | None,
     _option(
         "method",
-        "How weights are rounded. rtn: each by itself; imatrix: those that matter more come out closer."
-        " Default: imatrix where --imatrix is given, else rtn.",
+        "How weights are rounded. rtn: each by itself. With calibration text: imatrix, those that matter"
+        " more come out closer; gptq, errors are made up for in other weights; awq, columns that matter"
+        " are scaled up first; awq+gptq; qat, gptq and then learning from the full model. Default: gptq"
+        " where torch is installed and the model is not huge, else rtn.",
         "METHOD",
         _WEIGHTS,
         default=False,
@@ -362,11 +364,57 @@ ImatrixFile = Annotated[
         _WEIGHTS,
     ),
 ]
+SaveImatrix = Annotated[
+    str | None,
+    _option(
+        "save-imatrix",
+        "Keep what --method imatrix finds, in a GGUF file that llama-quantize reads.",
+        "FILE",
+        _WEIGHTS,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    _option(
+        "calibration",
+        "A text like those the model will read. Default: Python's own documentation.",
+        "FILE",
+        _WEIGHTS,
+    ),
+]
+CalibrationTokens = Annotated[
+    int | None,
+    _option("calibration-tokens", "At most so many of it. Default: 32768.", "N", _WEIGHTS),
+]
+Budget = Annotated[
+    str | None,
+    _option(
+        "budget",
+        "Bits a weight (4.5bpw) or bytes (100M) of the file: each matrix gets the type whose bytes buy"
+        " most. --type says then what embeddings and head get (default q4_k_m).",
+        "SIZE",
+        _WEIGHTS,
+    ),
+]
+Minutes = Annotated[float | None, _option("minutes", "How long qat learns. Default: 20.", "N", _WEIGHTS)]
+Report = Annotated[
+    str | None,
+    _option(
+        "report",
+        "Keep the report of what it cost: a .md, .json, .png or .svg file.",
+        "FILE",
+        _WEIGHTS,
+    ),
+]
+NoReport = Annotated[
+    bool, _switch("no-report", "Do not measure what it cost: predictions, speed, a few answers.")
+]
 MaxKl = Annotated[
     float | None,
     _option(
         "max-kl",
-        "The most a type may lose, in nats a token from the model as it is. Default: 0.05.",
+        "The most that may be lost, in nats a token from the model as it is: --type auto chooses by it"
+        " (default 0.05), and a file that lost more is not kept.",
         "NATS",
         _WEIGHTS,
     ),

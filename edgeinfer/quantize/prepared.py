@@ -137,10 +137,13 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
 
 
 def write(ready: Ready, show: Show = lambda *_: None, to: Path | None = None) -> None:
-    """to: in the place of the plan's path. What was kept beside it goes once the file is there. Raises
-    as `quantize`."""
+    """to: in the place of the plan's path. What was finished stays until it is told to go. Raises as
+    `quantize`."""
     plan = ready.plan if to is None else replace(ready.plan, out=to, force=True)
     quantize(plan, lambda done: show(f"writing {ready.plan.out.name}", done), stored=ready.stored)
+
+
+def forget_finished(ready: Ready) -> None:
     if ready.finished is not None:
         ready.finished.remove()
 
@@ -204,8 +207,8 @@ def _within(
     least = rest + sum(min(own.values()) for own in sizes.values())
     if request.budget < least:
         raise UsageError(
-            f"--budget: {request.budget:,} bytes ({8 * request.budget / plan.elements:.2f} bits a weight)"
-            f" are too few; the smallest types take {least:,} ({8 * least / plan.elements:.2f}bpw)"
+            f"--budget: {request.budget:,} bytes ({8 * request.budget / plan.elements:.2f}bpw) are too"
+            f" few; the smallest types take {least:,} ({8 * least / plan.elements:.2f}bpw)"
         )
     rows = get_backend("llamacpp").row_quantizer()
     try:

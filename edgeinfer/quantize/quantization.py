@@ -25,10 +25,17 @@ from edgeinfer_models.conversion.model import SourceModel, source_of_folder
 from edgeinfer_models.conversion.presets import MixtureFacts, choose_types, file_type
 from edgeinfer_models.conversion.rewritten import rewrite_gguf, written_bytes
 from edgeinfer_models.conversion.tensor_data import Encode
-from edgeinfer_models.conversion.to_gguf import GgufPlan, check_tensors, tensor_bytes, write_gguf
+from edgeinfer_models.conversion.to_gguf import (
+    GgufPlan,
+    check_tensors,
+    model_head,
+    tensor_bytes,
+    write_gguf,
+)
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import read_gguf_model
+from edgeinfer_models.gguf_patch import reserved
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
 METHODS = ("rtn", "imatrix")
 _OF_BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+# Filled once the file can be measured; spaces where it was not.
+REPORT_KEY, REPORT_BYTES = "edgeinfer.quantize.report", 512
 Progress = Callable[[float], None]
 Source = SourceModel | GgufHeader
 
@@ -64,7 +73,11 @@ class Quantization:
             "general.file_type": file_type(self.preset),
             "general.quantization_version": _QUANTIZATION_VERSION,
         }
-        return {**found, **(self.imatrix.metadata() if self.imatrix else {})}
+        return {
+            **found,
+            REPORT_KEY: reserved(REPORT_BYTES),
+            **(self.imatrix.metadata() if self.imatrix else {}),
+        }
 
     @property
     def changed(self) -> dict[str, str | None]:
@@ -88,6 +101,18 @@ def opened(path: Path) -> Source:
     """A Hugging Face folder, or any GGUF model. Raises ModelFileInvalid, UnsupportedModel,
     ModelNotFound."""
     return source_of_folder(path) if path.is_dir() else read_gguf_model(path)
+
+
+def num_weights(source: Source) -> int:
+    return sum(_product(shape) for shape in _shapes(source).values())
+
+
+def head_bytes(source: Source) -> int:
+    """Of a file before its tensors: metadata, vocabulary, names. Alignment may add a few."""
+    if isinstance(source, GgufHeader):
+        return source.data_offset + REPORT_BYTES + 256
+    plan = GgufPlan(source.family, source.shape, "F32", source.gguf_metadata())
+    return len(model_head(plan)) + REPORT_BYTES + 256
 
 
 def plan_quantization(
