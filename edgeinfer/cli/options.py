@@ -406,6 +406,10 @@ Report = Annotated[
         _WEIGHTS,
     ),
 ]
+ReportTokens = Annotated[
+    int | None,
+    _option("report-tokens", "Of text that the report is measured on. Default: 5000.", "N", _WEIGHTS),
+]
 NoReport = Annotated[
     bool, _switch("no-report", "Do not measure what it cost: predictions, speed, a few answers.")
 ]

@@ -35,6 +35,7 @@ class FileOptions:
     minutes: float | None
     max_kl: float | None
     report: str | None
+    report_tokens: int | None
     measures: bool
     refreshes: bool
     force: bool
@@ -53,6 +54,7 @@ class FileOptions:
             "--minutes": self.minutes is not None,
             "--max-kl": self.max_kl is not None,
             "--report": self.report is not None,
+            "--report-tokens": self.report_tokens is not None,
             "--refresh": self.refreshes,
         }
         return [name for name, is_given in found.items() if is_given]
@@ -73,6 +75,9 @@ class FileOptions:
         tokens = self.calibration_tokens
         if tokens is not None and not 2048 <= tokens <= MOST_TOKENS:
             raise UsageError(f"--calibration-tokens {tokens} is outside [2048, {MOST_TOKENS}]")
+        tokens = self.report_tokens
+        if tokens is not None and not 256 <= tokens <= MOST_TOKENS:
+            raise UsageError(f"--report-tokens {tokens} is outside [256, {MOST_TOKENS}]")
         if self.save_imatrix is not None and (self.method != "imatrix" or self.imatrix is not None):
             raise UsageError("--save-imatrix keeps what --method imatrix finds in --calibration")
         is_automatic = type_name is None and self.budget is None
@@ -179,6 +184,7 @@ def _budget(path: Path, text: str) -> int:
 
 def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossReport:
     """Written under another name, measured, and given its own if it is good enough."""
+    from edgeinfer.measure.evaluation import DEFAULT_TOKENS
     from edgeinfer.measure.quantize_loss import measure_loss
     from edgeinfer.measure.texts import measured_text
     from edgeinfer.quantize.prepared import forget_finished, write
@@ -194,6 +200,7 @@ def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossR
             path,
             staged,
             measured_text(None),
+            wanted.report_tokens or DEFAULT_TOKENS["reference"],
             progress=show,
             name=out.name,
             errors=ready.errors,

@@ -118,11 +118,14 @@ def test_a_folder_of_pickles_says_that_they_are_never_read(
     assert "a Python pickle (pytorch_model.bin), which can run code and is never read" in done.error_line
 
 
+PLAIN = ("--method", "rtn", "--no-report")
+
+
 @pytest.mark.parametrize("type_name", ["q4_0", "q4_k_m", "q8_0"])
 def test_a_folder_becomes_a_small_gguf_file_that_answers(
     console: Console, folder: Path, type_name: str
 ) -> None:
-    done = console("quantize", folder, "--type", type_name, "--json")
+    done = console("quantize", folder, "--type", type_name, "--json", *PLAIN)
     assert done.code == 0
     out = Path(done.json["output"])
     assert out.name == f"{folder.name}-{type_name}.gguf"
@@ -160,9 +163,10 @@ def test_an_importance_matrix_changes_its_tensors_and_is_named_in_the_file(
 ) -> None:
     file = write_importance(tmp_path / "some.imatrix")
     plain, weighed = tmp_path / "plain.gguf", tmp_path / "weighed.gguf"
-    done = console("quantize", folder, "--type", "q5_1", "-o", plain, "--json")
+    done = console("quantize", folder, "--type", "q5_1", "-o", plain, "--json", *PLAIN)
     assert (done.code, done.json["method"]) == (0, "rtn")
-    done = console("quantize", folder, "--type", "q5_1", "-o", weighed, "--imatrix", file, "--json")
+    weighing = ("--imatrix", file, "--no-report")
+    done = console("quantize", folder, "--type", "q5_1", "-o", weighed, "--json", *weighing)
     assert (done.code, done.json["method"]) == (0, "imatrix")
     headers = [read_gguf_header(path) for path in (plain, weighed)]
     data = [path.read_bytes() for path in (plain, weighed)]
@@ -184,7 +188,7 @@ def test_an_importance_matrix_changes_its_tensors_and_is_named_in_the_file(
     assert not any("imatrix" in key for key in headers[0].metadata)
     assert answer(console, weighed)
     # Rounded again without one, a file says no longer that it had one.
-    done = console("quantize", weighed, "--type", "q4_0", "-o", tmp_path / "again.gguf")
+    done = console("quantize", weighed, "--type", "q4_0", "-o", tmp_path / "again.gguf", *PLAIN)
     assert done.code == 0
     assert not any("imatrix" in key for key in read_gguf_header(tmp_path / "again.gguf").metadata)
 
@@ -192,11 +196,14 @@ def test_an_importance_matrix_changes_its_tensors_and_is_named_in_the_file(
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--type", "q4_0", "--method", "imatrix"), 2, "give a file of llama-imatrix with --imatrix"),
-        (("--type", "q4_0", "--method", "best"), 2, "--method 'best' is not one of rtn, imatrix"),
-        (("--type", "q4_0", "--method", "rtn", "--imatrix", "FILE"), 2, "takes no importance matrix"),
-        (("--type", "f16", "--imatrix", "FILE"), 2, "--imatrix is for fewer bits"),
-        (("--type", "f16", "--method", "rtn"), 2, "--method is for fewer bits"),
+        (("--type", "q4_0", "--method", "best"), 2, "--method 'best' is not one of auto, rtn, imatrix"),
+        (
+            ("--type", "q4_0", "--method", "rtn", "--imatrix", "FILE"),
+            2,
+            "--imatrix is for --method imatrix",
+        ),
+        (("--type", "f16", "--imatrix", "FILE"), 2, "--imatrix is for GGUF files of fewer bits"),
+        (("--type", "f16", "--method", "rtn"), 2, "--method is for GGUF files of fewer bits"),
         (("--type", "q4_0", "--imatrix", "/nowhere/at.all"), 1, "/nowhere/at.all: no such file"),
         (("--type", "q4_0", "--imatrix", "TEXT"), 1, "no importance matrix but seems to be a text file"),
         (("--type", "q4_0", "--imatrix", "OTHER"), 2, "none of its 2 entries ('layers.0.w', …) is of a"),

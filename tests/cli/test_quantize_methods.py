@@ -1,0 +1,168 @@
+"""`edgeinfer quantize` with methods that look at text, a budget, and a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgeinfer.cli.quantized_file import FileOptions, write_file
+from edgeinfer.errors import QualityTooLow
+from edgeinfer.measure import quantize_loss
+from edgeinfer_models.conversion.imatrix import read_imatrix
+from edgeinfer_models.gguf_header import read_gguf_header
+from tests.cli.conftest import Console
+from tests.fixtures_hf import write_tiny_folder
+
+pytest.importorskip("torch")
+
+FEW = ("--calibration-tokens", "2048")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_folder(tmp_path / "tiny", hidden=64, feed_forward=256)
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "imatrix"])
+def test_each_method_writes_a_file_of_the_same_types(
+    console: Console, folder: Path, tmp_path: Path, method: str
+) -> None:
+    plain, out = tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    options = ("--type", "q4_0", "--no-report", "--json")
+    assert console("quantize", folder, "-o", plain, "--method", "rtn", *options).code == 0
+    done = console("quantize", folder, "-o", out, "--method", method, *FEW, *options)
+    assert done.code == 0, done.err
+    assert (done.json["method"], done.json["report"]) == (method, None)
+    one, other = read_gguf_header(plain), read_gguf_header(out)
+    assert [(t.name, t.type_name) for t in one.tensors] == [(t.name, t.type_name) for t in other.tensors]
+    assert plain.read_bytes() != out.read_bytes()
+    assert left(tmp_path) == {"tiny", "plain.gguf", "out.gguf"}
+    answer = console("run", out, "hi", "--max-tokens", "4", "--temp", "0", "--json")
+    assert answer.code == 0, answer.err
+
+
+def test_qat_learns_for_as_long_as_it_is_told(console: Console, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    options = ("--type", "q4_0", "--method", "qat", "--minutes", "0.05", "--no-report", *FEW)
+    done = console("quantize", folder, "-o", out, *options)
+    assert done.code == 0, done.err
+    assert console("run", out, "hi", "--max-tokens", "4").code == 0
+    assert left(tmp_path) == {"tiny", "out.gguf"}
+
+
+def test_a_budget_is_kept_and_spent(console: Console, folder: Path, tmp_path: Path) -> None:
+    options = ("--no-report", "--json", *FEW)
+    done = console("quantize", folder, "--budget", "6.5bpw", *options)
+    assert done.code == 0, done.err
+    out = Path(done.json["output"])
+    assert out == tmp_path / "tiny-6.5bpw.gguf"
+    assert 6.2 < done.json["bits_per_weight"] <= 6.5
+    most = out.stat().st_size - 2000
+    done = console("quantize", folder, "--budget", str(most), "-o", tmp_path / "b.gguf", *options)
+    assert done.code == 0, done.err
+    assert (tmp_path / "b.gguf").stat().st_size <= most
+    done = console(
+        "quantize", folder, "--budget", "1bpw", "-o", tmp_path / "c.gguf", "--no-report", *FEW
+    )
+    assert done.code == 2
+    assert "are too few; the smallest types take" in done.error_line
+    assert not (tmp_path / "c.gguf").exists()
+
+
+def test_what_imatrix_finds_is_a_file_that_can_be_given_again(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    file, one, other = tmp_path / "found.gguf", tmp_path / "one.gguf", tmp_path / "other.gguf"
+    options = ("--type", "q4_0", "--no-report")
+    finding = ("--method", "imatrix", "--save-imatrix", file, *FEW)
+    done = console("quantize", folder, "-o", one, *finding, *options)
+    assert done.code == 0, done.err
+    assert "blk.1.ffn_down.weight" in read_imatrix(file).tensors
+    done = console("quantize", folder, "-o", other, "--imatrix", file, *options)
+    assert done.code == 0, done.err
+    headers = [read_gguf_header(path) for path in (one, other)]
+    data = [
+        path.read_bytes()[header.data_offset :]
+        for path, header in zip((one, other), headers, strict=True)
+    ]
+    assert data[0] == data[1]
+
+
+def test_the_report_is_told_kept_and_in_the_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantize_loss, "ROUNDS", 1)
+    out, report = tmp_path / "out.gguf", tmp_path / "report.json"
+    wanted = FileOptions(
+        method="gptq",
+        calibration=None,
+        calibration_tokens=2048,
+        imatrix=None,
+        save_imatrix=None,
+        budget=None,
+        minutes=None,
+        max_kl=None,
+        report=str(report),
+        report_tokens=256,
+        measures=True,
+        refreshes=False,
+        force=False,
+        quiet=True,
+        as_json=False,
+    )
+    write_file(folder, str(out), "q4_0", wanted)
+    told = capsys.readouterr().out
+    assert "KL mean, nats a token" in told and "error by layer" in told
+    kept = json.loads(report.read_text())
+    assert kept["kl"]["mean"] > 0 and len(kept["samples"]) == 3
+    assert {error["name"] for error in kept["errors"]} >= {
+        "blk.0.attn_q.weight",
+        "blk.1.ffn_down.weight",
+    }
+    said = json.loads(read_gguf_header(out).get_str("edgeinfer.quantize.report"))
+    assert said["kl_mean"] == pytest.approx(kept["kl"]["mean"], rel=1e-2)
+    # What lost too much is not kept, nor anything beside it.
+    before = left(tmp_path)
+    strict = replace(wanted, method="rtn", max_kl=1e-7, report=None, calibration_tokens=None)
+    with pytest.raises(QualityTooLow, match="not written: it lost"):
+        write_file(folder, str(tmp_path / "bad.gguf"), "q4_0", strict)
+    assert left(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "gptq", "--calibration", "EMPTY"), "is empty"),
+        (("--method", "gptq", "--calibration", "TINY"), "tokens; 2048 are needed at least"),
+        (("--method", "gptq", "--calibration", "BINARY"), "is not valid UTF-8"),
+        (("--method", "gptq", "--calibration", "/nowhere/text"), "cannot be read"),
+        (("--method", "rtn", "--calibration", "TINY"), "looks at no text"),
+        (("--minutes", "3"), "--minutes is for --method qat"),
+        (("--method", "qat", "--minutes", "0"), "--minutes 0 is outside"),
+        (("--calibration-tokens", "5"), "--calibration-tokens 5 is outside"),
+        (("--save-imatrix", "x.gguf"), "--save-imatrix keeps what --method imatrix finds"),
+        (("--report", "x.txt"), "must end in one of"),
+        (("--report", "x.md", "--no-report"), "--report needs what --no-report leaves out"),
+        (("--max-kl", "1", "--no-report"), "--max-kl needs what --no-report leaves out"),
+        (("--budget", "lots"), "--budget 'lots' is not a size"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    console: Console, folder: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    files = {"EMPTY": b" \n", "TINY": b"a few words", "BINARY": b"\xff\xfe" * 4000}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    before = left(tmp_path)
+    given = [str(tmp_path / option) if option in files else option for option in options]
+    done = console("quantize", folder, "--type", "q4_0", "-o", tmp_path / "out.gguf", *given)
+    assert done.code == 2, done.err
+    assert said in done.error_line
+    assert left(tmp_path) == before
