@@ -12,7 +12,7 @@ from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.ggml_grids import GRIDS, pack, unpack
 
-ROWS, WIDTH = 48, 512
+ROWS, WIDTH = 24, 256
 
 
 @pytest.fixture(scope="module")
