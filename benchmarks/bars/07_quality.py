@@ -105,7 +105,8 @@ def our_files(
         "our q4_0 gptq": ["--type", "q4_0", "--method", "gptq"],
         "our q4_0 awq+gptq": ["--type", "q4_0", "--method", "awq+gptq"],
         "our iq4_nl gptq": ["--type", "iq4_nl", "--method", "gptq"],
-        "our budget": ["--budget", budget, "--method", "gptq"],
+        "our iq4_nl awq+gptq": ["--type", "iq4_nl", "--method", "awq+gptq"],
+        "our budget": ["--budget", budget, "--method", "awq+gptq"],
     }
     if qat:
         wanted["our q4_0 qat"] = ["--type", "q4_0", "--method", "qat", "--minutes", qat]

@@ -348,8 +348,8 @@ Method = Annotated[
         "method",
         "How weights are rounded. rtn: each by itself. With calibration text: imatrix, those that matter"
         " more come out closer; gptq, errors are made up for in other weights; awq, columns that matter"
-        " are scaled up first; awq+gptq; qat, gptq and then learning from the full model. Default: gptq"
-        " where torch is installed and the model is not huge, else rtn.",
+        " are scaled up first; awq+gptq; qat, gptq and then learning from the full model. Default:"
+        " awq+gptq where torch is installed and the model is not huge, else rtn.",
         "METHOD",
         _WEIGHTS,
         default=False,

@@ -18,6 +18,7 @@ from edgeinfer.quantize.importance import NamedImatrix
 from edgeinfer.quantize.layer_walk import LayerWalk
 from edgeinfer.quantize.scaling import links_of, said
 from edgeinfer.registry import get_backend
+from edgeinfer_models.conversion.floats import HELD_AS, from_float32
 from edgeinfer_models.conversion.imatrix import Columns, Imatrix
 from edgeinfer_models.conversion.model import SourceModel, source_of_gguf
 from edgeinfer_models.gguf_header import GgufHeader
@@ -120,8 +121,18 @@ def work_folder(out: Path) -> Path:
 
 
 def stored_of(finished: FinishedTensors, plan: Quantization) -> Mapping[str, npt.NDArray[np.uint8]]:
-    """What of it is a tensor of the file."""
-    return {name: finished.blocks(name) for name in plan.types if name in finished}
+    """What of it is a tensor of the file. Norms and biases that awq changed are kept in F32, and written
+    in the type that the file has them in."""
+    import numpy as np
+
+    found = {}
+    for name, kind in plan.types.items():
+        if name in finished:
+            found[name] = finished.blocks(name)
+            if kind in HELD_AS and kind != "F32":
+                numbers = found[name].reshape(-1).view(np.float32)
+                found[name] = from_float32(numbers, kind).view(np.uint8)
+    return found
 
 
 def files_of(source: SourceModel) -> ModelFiles:

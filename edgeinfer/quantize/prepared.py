@@ -176,7 +176,7 @@ def chosen_method(source: Source, request: Request) -> tuple[str, tuple[str, ...
             f"rounded without looking at text: gptq would take hours for {weights / 1e9:.1f} billion"
             " weights; --method gptq loses less",
         )
-    return "gptq", ()
+    return "awq+gptq", ()
 
 
 def _weighed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from edgeinfer.backend import RowQuantizer
 from edgeinfer.errors import UsageError
 from edgeinfer.quantize import corrected
+from edgeinfer.quantize.calibrated import stored_of
 from edgeinfer.quantize.corrected import Correction, correct
 from edgeinfer.quantize.finished_tensors import FinishedTensors
 from edgeinfer.quantize.layer_walk import LayerWalk
@@ -168,6 +170,17 @@ def test_damaged_work_is_made_anew(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not made by edgeinfer"):
         FinishedTensors(tmp_path / "other", {})
     assert (tmp_path / "other" / "mine.txt").is_file()
+
+
+def test_norms_that_awq_changed_come_in_the_type_that_the_file_has_them_in(tmp_path: Path) -> None:
+    finished = FinishedTensors(tmp_path / "work", {})
+    values = np.array([0.5, -2.0, 1.25], np.float32)
+    finished.keep("norm", values.view(np.uint8).reshape(1, -1), 0.0)
+    for kind, dtype in (("F32", np.float32), ("F16", np.float16)):
+        plan: Any = SimpleNamespace(types={"norm": kind, "other": "Q4_0"})
+        stored = stored_of(finished, plan)
+        assert list(stored) == ["norm"]
+        assert np.array_equal(stored["norm"].reshape(-1).view(dtype), values.astype(dtype))
 
 
 def test_what_awq_cannot_scale_is_said(tmp_path: Path) -> None:
