@@ -35,6 +35,7 @@ from edgeinfer.quantize.quantization import (
     opened,
     plan_quantization,
     quantize,
+    require_room,
     with_types,
 )
 from edgeinfer.quantize.sensitivity import sensitivities
@@ -118,6 +119,7 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
             yield Ready(plan, method, (*plan.notes, *notes), {}, ())
             return
         by = "gptq" if method == "qat" else method
+        require_room(plan.out, 2 * plan.num_bytes)  # what is finished lies beside the result for a while
         finished, told = corrected(
             plan,
             of,

@@ -137,7 +137,7 @@ def plan_quantization(
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
     num_bytes = sum(_sizes(source, chosen).values())
-    _require_room(target, num_bytes)
+    require_room(target, num_bytes)
     types = {name: kind or _own_type(source, name) for name, kind in chosen.items()}
     elements = sum(_product(shape) for shape in shapes.values())
     notes = _notes(source, preset, chosen)
@@ -159,7 +159,7 @@ def plan_quantization(
 def with_types(plan: Quantization, chosen: Mapping[str, str | None]) -> Quantization:
     """The same with other types of its tensors. Raises UsageError where they find no room."""
     num_bytes = sum(_sizes(plan.source, chosen).values())
-    _require_room(plan.out, num_bytes)
+    require_room(plan.out, num_bytes)
     types = {name: kind or _own_type(plan.source, name) for name, kind in chosen.items()}
     return replace(plan, types=types, chosen=chosen, num_bytes=num_bytes)
 
@@ -213,7 +213,8 @@ def quantize(
     )
 
 
-def _require_room(target: Path, num_bytes: int) -> None:
+def require_room(target: Path, num_bytes: int) -> None:
+    """Raises UsageError."""
     lacking = lacking_room(target.parent, num_bytes)
     if lacking:
         raise UsageError(f"{target}: {lacking}; free some, or give another -o")
