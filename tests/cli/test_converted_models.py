@@ -176,17 +176,17 @@ def test_two_runs_at_once_convert_it_once(console: Console, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("backend", ["llamacpp", "auto"])
-def test_weights_that_mlx_quantized_are_refused_with_the_reason(
+def test_weights_in_a_mode_that_is_not_unpacked_are_refused_with_the_reason(
     invoke: Invoke, tmp_path: Path, without_mlx: None, backend: str
 ) -> None:
-    quantized = {"quantization": {"group_size": 64, "bits": 4}}
+    quantized = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
     folder = write_tiny_folder(tmp_path / "q", config=quantized)
     done = invoke("run", "--backend", backend, folder, "hello")
     assert done.code == 1
     assert (
         "llamacpp does not open safetensors models, and this one cannot be converted" in done.error_line
     )
-    assert "weights that MLX quantized" in done.error_line
+    assert "mxfp4" in done.error_line
     assert ("mlx is not installed" in done.error_line) == (backend == "auto")
     assert list_converted() == ()
 
