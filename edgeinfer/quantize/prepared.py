@@ -90,8 +90,8 @@ class Ready:
 def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Iterator[Ready]:
     """path: a folder of safetensors or a GGUF file. show: what is done, and how far it is.
 
-    What gptq, awq and qat have finished stays beside the result until it is written: asked again, they
-    go on from there. Raises UsageError, UnsupportedModel, ModelFileInvalid, BackendUnavailable,
+    What gptq and awq have finished stays beside the result until it is written: asked again, they go
+    on from there (qat begins its learning anew). Raises UsageError, UnsupportedModel, ModelFileInvalid, BackendUnavailable,
     LoadFailed, OSError.
     """
     source = opened(path)
