@@ -91,8 +91,8 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
     """path: a folder of safetensors or a GGUF file. show: what is done, and how far it is.
 
     What gptq and awq have finished stays beside the result until it is written: asked again, they go
-    on from there (qat begins its learning anew). Raises UsageError, UnsupportedModel, ModelFileInvalid, BackendUnavailable,
-    LoadFailed, OSError.
+    on from there (qat begins its learning anew). Raises UsageError, UnsupportedModel,
+    ModelFileInvalid, BackendUnavailable, LoadFailed, OSError.
     """
     source = opened(path)
     method, notes = chosen_method(source, request)
