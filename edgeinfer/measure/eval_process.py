@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +11,7 @@ from typing import IO, Any
 
 from edgeinfer.backend import Runtime, RuntimeSettings
 from edgeinfer.engine.window import Window
-from edgeinfer.errors import EdgeInferError, MeasureFailed
+from edgeinfer.errors import MeasureFailed
 from edgeinfer.measure.evaluation import REFERENCE, EvalPlan, Setting
 from edgeinfer.measure.long_texts import recomputed, slices, stream
 from edgeinfer.measure.recall import recall
@@ -23,10 +19,10 @@ from edgeinfer.quality.agreement import Agreement, agreement
 from edgeinfer.quality.predictions import CHUNK, chunk_of, perplexity
 from edgeinfer.quality.reference import Reference, agreement_with, write_reference
 from edgeinfer.quality.windows import SIZE, Windows, windows_of
+from edgeinfer.quantize.measuring_process import Teller, run_job
 from edgeinfer.registry import get_backend
 from edgeinfer_models.model_files import ModelFiles
 
-PROGRESS_S = 0.1
 MIN_TOKENS = 2 * CHUNK
 
 
@@ -47,9 +43,8 @@ class _Loading:
 
 
 class EvalProcess:
-    def __init__(self, job: dict[str, Any], output: IO[bytes]) -> None:
-        self._output = output
-        self._last_told, self._last_what = 0.0, ""
+    def __init__(self, job: dict[str, Any], teller: Teller) -> None:
+        self._teller = teller
         plan = dict(job["plan"])
         plan["settings"] = tuple(Setting(**each) for each in plan["settings"])
         self.plan = EvalPlan(**plan)
@@ -82,7 +77,7 @@ class EvalProcess:
 
     def _tell_agreement(self, name: str, runtime: Runtime, found: Agreement) -> None:
         size = runtime.facts.kv_bytes_per_token
-        self._send({"row": {"setting": name, "bytes_per_token": size, **_figures(found)}})
+        self._teller.row({"setting": name, "bytes_per_token": size, **_figures(found)})
 
     def _stream(self) -> None:
         """Perplexity in slices, and of the end against reading it afresh with the same window."""
@@ -100,18 +95,16 @@ class EvalProcess:
                     nll = recomputed(runtime, tokens, len(tokens) - last, setting.window, progress=show)
                 fresh[setting.window] = perplexity(nll)
             end = perplexity(found.nll[-last:])
-            self._send(
+            self._teller.row(
                 {
-                    "row": {
-                        "setting": str(setting),
-                        "tokens": len(tokens),
-                        "evicted": found.evicted,
-                        "cells": max(found.used_cells),
-                        "slices": [[at, value] for at, value in slices(found.nll, plan.slice_tokens)],
-                        "perplexity": end,
-                        "recomputed_perplexity": fresh[setting.window],
-                        "ratio": end / fresh[setting.window],
-                    }
+                    "setting": str(setting),
+                    "tokens": len(tokens),
+                    "evicted": found.evicted,
+                    "cells": max(found.used_cells),
+                    "slices": [[at, value] for at, value in slices(found.nll, plan.slice_tokens)],
+                    "perplexity": end,
+                    "recomputed_perplexity": fresh[setting.window],
+                    "ratio": end / fresh[setting.window],
                 }
             )
 
@@ -127,7 +120,7 @@ class EvalProcess:
                 window = Window(setting.window, setting.sinks, setting.eviction)
                 show = self._progress(str(setting))
                 found = recall(runtime, tokens, window, self.plan.facts, show)
-            self._send({"row": {"setting": str(setting), "places": [asdict(each) for each in found]}})
+            self._teller.row({"setting": str(setting), "places": [asdict(each) for each in found]})
 
     def _against_reference(self) -> None:
         """What two models predict of one text, one after the other, so that the larger alone has to fit;
@@ -152,7 +145,7 @@ class EvalProcess:
             show = self._progress("the noise floor")
             other_steps = max(1, chunk_of(runtime) // 2)
             found = agreement_with(reference, runtime, beginning, show, other_steps)
-        self._send({"row": {"setting": "noise floor", **_figures(found)}})
+        self._teller.row({"setting": "noise floor", **_figures(found)})
         return windows, reference
 
     def _read_model(self, model: _Loading, windows: Windows, reference: Reference) -> None:
@@ -166,7 +159,7 @@ class EvalProcess:
                     )
             show = self._progress(f"reading with {model.files.name}")
             found = agreement_with(reference, runtime, windows, show)
-        self._send({"row": {"setting": model.files.name, **_figures(found)}})
+        self._teller.row({"setting": model.files.name, **_figures(found)})
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -205,17 +198,7 @@ class EvalProcess:
         return tokens[: self.plan.tokens]
 
     def _progress(self, what: str) -> Callable[[float], None]:
-        def show(done: float) -> None:
-            now = time.monotonic()
-            if what != self._last_what or now - self._last_told >= PROGRESS_S:
-                self._last_what, self._last_told = what, now
-                self._send({"what": what, "progress": done})
-
-        return show
-
-    def _send(self, message: dict[str, Any]) -> None:
-        self._output.write(json.dumps(message).encode() + b"\n")
-        self._output.flush()
+        return lambda done: self._teller.progress(what, done)
 
 
 def _figures(found: Agreement) -> dict[str, Any]:
@@ -235,18 +218,5 @@ def _in_windows(model: _Loading) -> _Loading:
     return replace(model, settings=settings)
 
 
-def main() -> None:
-    output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever native code prints must not come between two lines
-    try:
-        EvalProcess(json.load(sys.stdin), output).run()
-    except EdgeInferError as error:
-        failed = {"error": str(error), "type": type(error).__name__}
-        output.write(json.dumps(failed).encode() + b"\n")
-        sys.exit(1)
-    except BrokenPipeError:  # the owner has gone
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_job(lambda job, teller: EvalProcess(job, teller).run())

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edgeinfer.engine.process import LoadCommand, worker_environment
+from edgeinfer.engine.process import LoadCommand
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
-from edgeinfer.errors import MeasureFailed, UsageError, error_from_wire
+from edgeinfer.errors import UsageError
+from edgeinfer.quantize.measuring_process import MeasuringProcess
 
 Suite = Literal["kv", "stream", "recall", "reference"]
 SUITES: tuple[Suite, ...] = ("kv", "stream", "recall")  # that --suite chooses
@@ -98,54 +94,21 @@ class Evaluation:
         reference: LoadCommand | None = None,
     ) -> None:
         """reference: what the model is compared with (suite "reference")."""
-        self._command = command
-        self._reference = reference
-        self._plan = plan
-        self._progress = progress
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_stopped = False
+        job = {
+            "model": _to_wire(command),
+            "reference": None if reference is None else _to_wire(reference),
+            "plan": asdict(plan),
+        }
+        self._process = MeasuringProcess(
+            "edgeinfer.measure.eval_process", job, progress, "the model's process"
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Raises what the process met: LoadFailed, MeasureFailed …"""
-        job = {
-            "model": _to_wire(self._command),
-            "reference": None if self._reference is None else _to_wire(self._reference),
-            "plan": asdict(self._plan),
-        }
-        process = self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgeinfer.measure.eval_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=worker_environment(os.environ),
-            start_new_session=True,  # Ctrl+C is for the owner
-        )
-        assert process.stdin and process.stdout  # noqa: S101 (they are pipes)
-        try:
-            with process.stdin:
-                process.stdin.write(json.dumps(job).encode())
-            for line in process.stdout:
-                found = json.loads(line)
-                if "progress" in found:
-                    self._progress(found["what"], found["progress"])
-                elif "error" in found:
-                    raise error_from_wire(found["type"], found["error"])
-                else:
-                    yield found["row"]
-            if process.wait() and not self._is_stopped:
-                raise MeasureFailed(f"the model's process {_how_ended(process.returncode)}")
-        except (OSError, ValueError):  # it died, or was ended, in the middle of a line
-            if not self._is_stopped:
-                raise MeasureFailed(f"the model's process {_how_ended(process.wait())}") from None
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        return self._process.rows()
 
     def stop(self) -> None:
-        self._is_stopped = True
-        if self._process is not None:
-            self._process.kill()
+        self._process.stop()
 
 
 def _to_wire(command: LoadCommand) -> dict[str, Any]:
@@ -155,12 +118,3 @@ def _to_wire(command: LoadCommand) -> dict[str, Any]:
         "files": {**asdict(files), "paths": [str(path) for path in files.paths]},
         "settings": asdict(command.settings),
     }
-
-
-def _how_ended(code: int) -> str:
-    if code < 0:
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
-    return f"ended with exit code {code}"

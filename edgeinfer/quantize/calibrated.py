@@ -109,11 +109,8 @@ def corrected(
         correct(of.source, plan.changed, layers, texts, rows, finished, how, progress)
     finally:
         rows.close()
-    notes = list(of.calibration.notes)
     unscaled = links_of(of.source.shape)[1]
-    if how.scales and unscaled:
-        notes.append(said(unscaled))
-    return finished, tuple(notes)
+    return finished, (said(unscaled),) if how.scales and unscaled else ()
 
 
 def work_folder(out: Path) -> Path:

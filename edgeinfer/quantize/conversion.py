@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeinfer.errors import UsageError
+from edgeinfer.quantize.folders import FOLDER_TYPES
 from edgeinfer_models.conversion.conversion import (
     CONTAINERS,
     Container,
@@ -32,7 +33,7 @@ def plan_conversion(
     which the result lies unless `out` says where. Raises UsageError, UnsupportedModel,
     ModelFileInvalid."""
     if dtype not in DTYPES:
-        known = ", ".join((*DTYPES, *TYPES))
+        known = ", ".join(("auto", *DTYPES, *TYPES, *FOLDER_TYPES))
         raise UsageError(f"--type {dtype[:40]!r} is not one of {known}")
     if to == "gguf" and model.form == "gguf":
         raise UsageError("the model is a GGUF file already; --to safetensors makes a folder of it")

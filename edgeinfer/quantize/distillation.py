@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from edgeinfer.quantize.finished_tensors import FinishedTensors
     from edgeinfer_models.conversion.model import SourceModel
 
+    Array = npt.NDArray[Any]
     Floats = npt.NDArray[np.float32]
 
+_KEPT_EVERY_S = 60.0
 Progress = Callable[[float], None]
 
 
@@ -65,6 +67,32 @@ class _Learner:
     def numbers(self) -> Floats:
         return self.parts.numbers(self.grid)
 
+    def state(self) -> dict[str, Array]:
+        """All that `take_up` needs; the units that it began with too, since those of `parts` move."""
+        found: dict[str, Array] = {"steps": np.array(self._steps)}
+        for kind, arrays in self._arrays().items():
+            found |= {f"{kind} {which}": array for which, array in enumerate(arrays)}
+        return found
+
+    def take_up(self, state: Mapping[str, Array]) -> bool:
+        """Whether it was one of this matrix; if not, nothing has changed."""
+        own = self.state()
+        if state.keys() != own.keys() or any(state[key].shape != own[key].shape for key in own):
+            return False
+        if not all(np.isfinite(array).all() for array in state.values()):
+            return False
+        self._steps = int(state["steps"])
+        for kind, arrays in self._arrays().items():
+            for which, array in enumerate(arrays):
+                array[:] = state[f"{kind} {which}"]
+        self._move()
+        return True
+
+    def _arrays(self) -> dict[str, list[Floats]]:
+        return {
+            "units": self._units, "change": self._change, "mean": self._mean, "square": self._square,
+        }  # fmt: skip
+
     def learn(self, gradient: Floats, rate: float) -> None:
         """gradient: with respect to the numbers, laid out as the parts are."""
         self._steps += 1
@@ -75,6 +103,9 @@ class _Learner:
             fair = mean / (1 - self._FIRST**self._steps)
             root = np.sqrt(square / (1 - self._SECOND**self._steps)) + self._LEAST
             self._change[which] -= rate * fair / root
+        self._move()
+
+    def _move(self) -> None:
         moved = [
             to_f16(unit * (1 + change)) for unit, change in zip(self._units, self._change, strict=True)
         ]
@@ -112,8 +143,8 @@ def distil(
     told: Callable[[str], None] = lambda _: None,
 ) -> None:
     """layers: of the original, all in memory; they become the student's. texts: those that the teacher
-    read. finished: whole, from gptq; it gets what was learnt. told: a line now and then."""
-    begin = time.monotonic()
+    read. finished: whole, from gptq; it gets what was learnt, and keeps every minute how far that is:
+    called again, this goes on from there. told: a line now and then."""
     places = [decoder_places(source, types, layer) for layer in range(layers.num_layers)]
     learners: list[dict[str, _Learner]] = []
     for layer, own in enumerate(places):
@@ -126,22 +157,51 @@ def distil(
             stored = stacked[place.index]
             blocks = np.ascontiguousarray(from_gguf(stored, rule.change, rule.heads))
             learners[layer][name] = _Learner(type_name, unpack(type_name, blocks))
-            layers.replace(layer, name, learners[layer][name].numbers())
+    before = _taken_up(learners, finished.learnt())
+    for layer, own_learners in enumerate(learners):
+        for name, learner in own_learners.items():
+            layers.replace(layer, name, learner.numbers())
+    begin = kept = time.monotonic()
     random = np.random.default_rng(settings.seed)
     order: list[int] = []
     lost: list[float] = []
-    done = 0.0
+    done = before / (60 * settings.minutes)
     while done < 1:
         if len(order) < settings.batch:
             order = [int(text) for text in random.permutation(len(texts))]
         batch = [order.pop() for _ in range(min(settings.batch, len(order)))]
         rate = settings.rate * min(done / settings.warm_up + 0.1, 1.0) * (1 - done)
         lost.append(_step(layers, [texts[text] for text in batch], batch, teacher, learners, rate))
-        done = (time.monotonic() - begin) / (60 * settings.minutes)
+        now = time.monotonic()
+        done = (before + now - begin) / (60 * settings.minutes)
         progress(min(done, 1.0))
+        if now - kept > _KEPT_EVERY_S or done >= 1:
+            kept = now
+            finished.keep_learnt(_state(learners, before + now - begin))
         if len(lost) % 10 == 0:
             told(f"step {len(lost)}: divergence {np.mean(lost[-10:]):.4f}")
     _keep(places, learners, finished)
+
+
+def _state(learners: Sequence[Mapping[str, _Learner]], seconds: float) -> dict[str, Array]:
+    found: dict[str, Array] = {"seconds": np.array(seconds)}
+    for layer, own in enumerate(learners):
+        for name, learner in own.items():
+            found |= {f"{layer} {name} {key}": array for key, array in learner.state().items()}
+    return found
+
+
+def _taken_up(learners: Sequence[Mapping[str, _Learner]], kept: Mapping[str, Array]) -> float:
+    """For how many seconds was learnt before; 0 where nothing fits."""
+    for layer, own in enumerate(learners):
+        for name, learner in own.items():
+            prefix = f"{layer} {name} "
+            state = {
+                key.removeprefix(prefix): array for key, array in kept.items() if key.startswith(prefix)
+            }
+            if not learner.take_up(state):
+                return 0.0
+    return float(kept.get("seconds", 0.0))
 
 
 def _step(

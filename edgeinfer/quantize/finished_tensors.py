@@ -2,27 +2,55 @@
 
 An hour's work is not lost to Ctrl+C or a flat battery: each tensor is a file, listed with its digest
 once it is whole, and what another job left there (another model, type, text or version) is removed.
+
+with kept_apart(folder):
+    finished = FinishedTensors(folder, job)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import UsageError
+from edgeinfer_models.sole_use import InUse, sole_use
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Array = npt.NDArray[Any]
     Blocks = npt.NDArray[np.uint8]
 
-_LIST, _JOB = "finished.jsonl", "job.json"
+_LIST, _JOB, _LOCK, _LEARNT = "finished.jsonl", "job.json", "lock", "learnt.npz"
+
+
+@contextlib.contextmanager
+def kept_apart(folder: Path) -> Iterator[None]:
+    """Until the end of the block the folder is there and ours alone. Raises UsageError where another
+    process works in it, OSError."""
+    if folder.exists() and not folder.is_dir():
+        raise _in_the_way(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        with sole_use(folder / _LOCK, None):
+            try:
+                yield
+            finally:
+                if [each.name for each in folder.iterdir()] == [_LOCK]:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except InUse:
+        raise UsageError(
+            f"{folder}: another edgeinfer is at work on this file; wait for it, or give another -o"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -42,14 +70,13 @@ class FinishedTensors:
         self._done: dict[str, Finished] = {}
         self._num_files = 0  # a tensor may be kept again, as another file
         wanted = json.dumps(job, sort_keys=True)
-        if folder.is_dir():
-            if _text(folder / _JOB) == wanted:
-                self._read()
-                return
-            if not (folder / _JOB).is_file() and any(folder.iterdir()):
-                raise UsageError(f"{folder}: is in the way and was not made by edgeinfer; move it")
-            shutil.rmtree(folder)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        if _text(folder / _JOB) == wanted:
+            self._read()
+            return
+        if not (folder / _JOB).is_file() and self._contents():
+            raise _in_the_way(folder)
+        self._empty()
         (folder / _JOB).write_text(wanted)
 
     def __len__(self) -> int:
@@ -74,8 +101,6 @@ class FinishedTensors:
 
     def keep(self, name: str, blocks: Blocks, error: float) -> None:
         """Raises OSError."""
-        import os
-
         file = f"{self._num_files}.blocks"
         self._num_files += 1
         data = blocks.tobytes()
@@ -89,8 +114,43 @@ class FinishedTensors:
             listed.write(_line(name, found))
         self._done[name] = found
 
+    def keep_learnt(self, arrays: Mapping[str, Array]) -> None:
+        """How far what goes on after the tensors are all there has come. Raises OSError."""
+        import numpy as np
+
+        new = self._folder / f"{_LEARNT}.part"
+        with new.open("wb") as written:
+            np.savez(written, allow_pickle=False, **arrays)
+            written.flush()
+            os.fsync(written.fileno())
+        new.replace(self._folder / _LEARNT)
+
+    def learnt(self) -> dict[str, Array]:
+        """Nothing where there is none, or it cannot be read."""
+        import numpy as np
+
+        try:
+            with (self._folder / _LEARNT).open("rb") as file, np.load(file, allow_pickle=False) as found:
+                return dict(found)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return {}
+
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Of the folder at most the lock stays, while it is held."""
+        self._empty()
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+    def _contents(self) -> list[Path]:
+        """But for the lock, which another process may look for."""
+        return [each for each in self._folder.iterdir() if each.name != _LOCK]
+
+    def _empty(self) -> None:
+        for each in self._contents():
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                each.unlink()
 
     def _read(self) -> None:
         for line in (_text(self._folder / _LIST) or "").splitlines():
@@ -114,6 +174,10 @@ class FinishedTensors:
             self._num_files = max(self._num_files, int(Path(found.file).stem) + 1)
         kept = (_line(name, each) for name, each in self._done.items())
         (self._folder / _LIST).write_text("".join(kept))
+
+
+def _in_the_way(folder: Path) -> UsageError:
+    return UsageError(f"{folder}: is in the way and was not made by edgeinfer; move it")
 
 
 def _line(name: str, found: Finished) -> str:

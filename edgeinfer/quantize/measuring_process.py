@@ -23,16 +23,31 @@ _PROGRESS_S = 0.1
 
 
 class MeasuringProcess:
-    """module: what is run, with `run_job` in its main."""
+    """module: what is run, with `run_job` in its main. name: of it, in messages."""
 
-    def __init__(self, module: str, job: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(
+        self,
+        module: str,
+        job: Mapping[str, Any],
+        progress: Progress,
+        name: str = "the measuring process",
+    ) -> None:
         self._module = module
         self._job = job
         self._progress = progress
+        self._name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """From any thread. Rows that have not come by then never do."""
+        self._is_stopped = True
+        if self._process is not None:
+            self._process.kill()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """As they come; the process ends with them. Raises what it met, MeasureFailed where it died."""
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -52,10 +67,11 @@ class MeasuringProcess:
                     raise error_from_wire(found["type"], found["error"])
                 else:
                     yield found["row"]
-            if process.wait():
-                raise MeasureFailed(f"the measuring process {_how_ended(process.returncode)}")
-        except (OSError, ValueError):  # it died in the middle of a line
-            raise MeasureFailed(f"the measuring process {_how_ended(process.wait())}") from None
+            if process.wait() and not self._is_stopped:
+                raise MeasureFailed(f"{self._name} {_how_ended(process.returncode)}")
+        except (OSError, ValueError):  # it died, or was ended, in the middle of a line
+            if not self._is_stopped:
+                raise MeasureFailed(f"{self._name} {_how_ended(process.wait())}") from None
         finally:
             process.kill()
             process.wait()
@@ -67,15 +83,15 @@ class Teller:
 
     def __init__(self, output: IO[bytes]) -> None:
         self._output = output
-        self._last_told = 0.0
+        self._last_told, self._last_what = 0.0, ""
 
     def row(self, values: Mapping[str, Any]) -> None:
         self._send({"row": values})
 
     def progress(self, what: str, done: float) -> None:
         now = time.monotonic()
-        if now - self._last_told >= _PROGRESS_S:
-            self._last_told = now
+        if what != self._last_what or now - self._last_told >= _PROGRESS_S:
+            self._last_what, self._last_told = what, now
             self._send({"what": what, "progress": done})
 
     def error(self, error: EdgeInferError) -> None:

@@ -7,7 +7,7 @@ with prepare(path, request, show) as ready:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from edgeinfer.quantize.calibrated import (
 )
 from edgeinfer.quantize.calibration import DEFAULT_TOKENS, TEXT_TOKENS
 from edgeinfer.quantize.distillation import DistillationSettings, distil
-from edgeinfer.quantize.finished_tensors import FinishedTensors
+from edgeinfer.quantize.finished_tensors import FinishedTensors, kept_apart
 from edgeinfer.quantize.importance import NamedImatrix, named_imatrix
 from edgeinfer.quantize.quantization import (
     Quantization,
@@ -90,15 +90,21 @@ class Ready:
 def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Iterator[Ready]:
     """path: a folder of safetensors or a GGUF file. show: what is done, and how far it is.
 
-    What gptq and awq have finished stays beside the result until it is written: asked again, they go
-    on from there (qat begins its learning anew). Raises UsageError, UnsupportedModel,
+    What gptq, awq and qat have finished stays beside the result until it is written: asked again, they
+    go on from there. Raises UsageError, UnsupportedModel,
     ModelFileInvalid, BackendUnavailable, LoadFailed, OSError.
     """
     source = opened(path)
     method, notes = chosen_method(source, request)
     named = None if request.imatrix is None else named_imatrix(request.imatrix)
     plan = plan_quantization(
-        source, path, request.type_name, request.out, force=request.force, imatrix=named
+        source,
+        path,
+        request.type_name,
+        request.out,
+        force=request.force,
+        imatrix=named,
+        weighs=_weighs(method, request.type_name),
     )
     needs_text = method in CORRECTING or method == "qat" or request.budget is not None
     if method == "imatrix" and named is None:
@@ -106,6 +112,21 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
     if not needs_text:
         yield Ready(plan, method, (*plan.notes, *notes), {}, ())
         return
+    fits = method in CORRECTING or method == "qat"
+    with kept_apart(work_folder(plan.out)) if fits else nullcontext():
+        yield _after_text(source, path, request, Ready(plan, method, notes, {}, ()), named, show)
+
+
+def _after_text(
+    source: Source,
+    path: Path,
+    request: Request,
+    wanted: Ready,
+    named: NamedImatrix | None,
+    show: Show,
+) -> Ready:
+    """wanted: as far as it is known before a text is looked at."""
+    plan, method, notes = wanted.plan, wanted.method, wanted.notes
     with calibrated(source, request.calibration, request.calibration_tokens) as of:
         notes += of.calibration.notes
         if request.budget is not None:
@@ -116,10 +137,10 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
                 write_imatrix(request.save_imatrix, named.imatrix, force=request.force)
             plan = _weighed(plan, source, path, request, named)
         if method in ("rtn", "imatrix"):
-            yield Ready(plan, method, (*plan.notes, *notes), {}, ())
-            return
+            return Ready(plan, method, (*plan.notes, *notes), {}, ())
         by = "gptq" if method == "qat" else method
-        require_room(plan.out, 2 * plan.num_bytes)  # what is finished lies beside the result for a while
+        # What is finished lies beside the result for a while; so does what qat has learnt, old and new.
+        require_room(plan.out, (4 if method == "qat" else 2) * plan.num_bytes)
         finished, told = corrected(
             plan,
             of,
@@ -135,7 +156,7 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
         for name in stored
         if plan.changed.get(name)
     )
-    yield Ready(plan, method, (*plan.notes, *notes, *told), stored, errors, finished)
+    return Ready(plan, method, (*plan.notes, *notes, *told), stored, errors, finished)
 
 
 def write(ready: Ready, show: Show = lambda *_: None, to: Path | None = None) -> None:
@@ -179,6 +200,15 @@ def chosen_method(source: Source, request: Request) -> tuple[str, tuple[str, ...
             " weights; --method gptq loses less",
         )
     return "awq+gptq", ()
+
+
+def _weighs(method: str, type_name: str) -> bool:
+    """Whether types are mixed as with an importance matrix."""
+    if method == "rtn":
+        return False
+    # Then llama.cpp has a few matrices of Q4_0 and Q5_0 files in Q4_1 and Q5_1, for which it has no fast
+    # kernels. What is fitted to a text is better than those without.
+    return method == "imatrix" or type_name not in ("q4_0", "q5_0")
 
 
 def _weighed(

@@ -123,12 +123,14 @@ def plan_quantization(
     *,
     force: bool,
     imatrix: NamedImatrix | None = None,
+    weighs: bool = False,
 ) -> Quantization:
     """Everything that can be found out before a byte is written. type_name: of TYPES. beside: the
-    model's own path. Raises UsageError, UnsupportedModel, ModelFileInvalid."""
+    model's own path. weighs: the method will find out which columns matter, so types are mixed as with
+    an importance matrix. Raises UsageError, UnsupportedModel, ModelFileInvalid."""
     preset = type_name.upper()
     shapes = _shapes(source)
-    chosen = choose_types(preset, shapes, _facts(source), has_imatrix=imatrix is not None)
+    chosen = choose_types(preset, shapes, _facts(source), has_imatrix=weighs or imatrix is not None)
     importance: Mapping[str, npt.NDArray[np.float32]] = {}
     if imatrix is not None:
         rounded = {n: kind for n, kind in chosen.items() if kind and kind != _own_type(source, n)}

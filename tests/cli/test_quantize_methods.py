@@ -6,11 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeinfer.cli.quantized_file import FileOptions, write_file
 from edgeinfer.errors import QualityTooLow
 from edgeinfer.measure import quantize_loss
+from edgeinfer.quantize import distillation
+from edgeinfer.quantize.finished_tensors import kept_apart
+from edgeinfer.quantize.prepared import Request, prepare
 from edgeinfer_models.conversion.imatrix import read_imatrix
 from edgeinfer_models.gguf_header import read_gguf_header
 from tests.cli.conftest import Console
@@ -55,6 +59,78 @@ def test_qat_learns_for_as_long_as_it_is_told(console: Console, folder: Path, tm
     assert done.code == 0, done.err
     assert console("run", out, "hi", "--max-tokens", "4").code == 0
     assert left(tmp_path) == {"tiny", "out.gguf"}
+
+
+def test_qat_goes_on_from_where_it_was_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "_KEPT_EVERY_S", 0.0)
+    out, work = tmp_path / "out.gguf", tmp_path / "out.gguf.unfinished"
+    request = Request("q4_0", "qat", out, calibration_tokens=2048, minutes=0.1)
+
+    def learning(until: float) -> tuple[list[float], dict[str, bytes]]:
+        """How far learning was, whenever it was told; and what came of it, if it was not stopped."""
+        seen: list[float] = []
+
+        def show(what: str, done: float) -> None:
+            if what.startswith("qat: learning"):
+                seen.append(done)
+                if done > until:
+                    raise KeyboardInterrupt
+
+        try:
+            with prepare(folder, request, show) as ready:
+                return seen, {name: blocks.tobytes() for name, blocks in ready.stored.items()}
+        except KeyboardInterrupt:
+            return seen, {}
+
+    first, _ = learning(until=0.5)
+    with np.load(work / "learnt.npz") as kept:
+        seconds = float(kept["seconds"])
+    assert first[0] < 0.3 < seconds / 6 < first[-1]  # the last step was not kept
+    second, blocks = learning(until=1.0)
+    assert seconds / 6 < second[0] and second[-1] == 1.0
+    third, again = learning(until=1.0)
+    assert third == [] and again == blocks
+    (work / "learnt.npz").write_bytes(b"PK\x03\x04 and no more")
+    assert learning(until=0.05)[0][0] < 0.3
+
+
+def test_two_at_work_on_one_file_do_not_meet(console: Console, folder: Path, tmp_path: Path) -> None:
+    options = ("--type", "q4_0", "--method", "gptq", "--no-report", *FEW)
+    with kept_apart(tmp_path / "out.gguf.unfinished"):
+        done = console("quantize", folder, "-o", tmp_path / "out.gguf", *options)
+        assert done.code == 2
+        assert "another edgeinfer is at work on this file" in done.error_line
+    assert left(tmp_path) == {"tiny"}
+    (tmp_path / "out.gguf.unfinished").write_text("mine")
+    done = console("quantize", folder, "-o", tmp_path / "out.gguf", *options)
+    assert (done.code, "is in the way" in done.error_line) == (2, True)
+    assert left(tmp_path) == {"tiny", "out.gguf.unfinished"}
+
+
+def test_types_are_mixed_as_with_an_importance_matrix_where_text_is_looked_at(
+    console: Console, tmp_path: Path
+) -> None:
+    wide = write_tiny_folder(tmp_path / "wide", hidden=256, feed_forward=512, layers=8)
+
+    def types(type_name: str, method: str) -> set[str]:
+        out = tmp_path / f"{type_name}-{method}.gguf"
+        options = () if method == "rtn" else FEW
+        done = console(
+            "quantize", wide, "-o", out, "--type", type_name, "--method", method, "--no-report", *options
+        )
+        assert done.code == 0, done.err
+        return {tensor.type_name for tensor in read_gguf_header(out).tensors if ".ffn_" in tensor.name}
+
+    assert types("iq4_nl", "rtn") == {"F32", "IQ4_NL", "Q5_K"}
+    assert types("iq4_nl", "gptq") == {"F32", "IQ4_NL"}
+    assert types("q4_0", "gptq") == {"F32", "Q4_0"}
+    assert types("q4_0", "imatrix") == {"F32", "Q4_0", "Q4_1"}
+    for method in ("imatrix", "awq"):  # of no use without knowing which columns matter
+        assert "IQ2_XS" in types("iq2_xs", method)
+    done = console("quantize", wide, "--type", "iq2_xs", "--method", "rtn", "--no-report")
+    assert done.code == 2 and "needs to know which weights matter" in done.error_line
 
 
 def test_a_budget_is_kept_and_spent(console: Console, folder: Path, tmp_path: Path) -> None:

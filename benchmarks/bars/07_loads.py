@@ -1,0 +1,139 @@
+"""Every GGUF file that `quantize` writes loads in stock llama-cli and answers, and its tensors hold what
+their types can.
+
+From the full-precision model off the grids (benchmarks/off_grid.py): one file of each type, by rtn or,
+where that is of no use, weighed by an importance matrix found in text, and files of the methods that
+change codes, scales and norms. llama-cli answers a question greedily; types of four bits or more of a
+model this small have to know the answer, others have to say something. Every tensor is dequantized by
+the gguf package; what awq scaled is not compared with the original.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.alternate import table
+from benchmarks.off_grid import off_grid
+from benchmarks.peers import peer
+from benchmarks.verdict import Bar, run_bar
+from edgeinfer.errors import UsageError
+from edgeinfer.quantize.conversion import TYPES
+from edgeinfer.quantize.prepared import Request, prepare, write
+
+QUESTION, KNOWN = "What is the capital of France?", "Paris"
+METHODS = (
+    ("q4_0", "gptq"), ("q4_0", "awq+gptq"), ("q4_k_m", "awq+gptq"), ("iq4_nl", "awq+gptq"),
+    ("iq3_xxs", "gptq"), ("iq2_xs", "imatrix"),
+)  # fmt: skip
+FEW_TOKENS = 4096
+# Root mean square of the errors by that of the numbers, at most: by how many codes there are.
+MOST_OFF = {8: 0.01, 6: 0.04, 5: 0.07, 4: 0.14, 3: 0.30, 2: 0.60, 1: 0.95}
+
+
+def measure(bar: Bar) -> None:
+    original = off_grid()
+    numbers = dequantized(original)
+    rows = [("type", "method", "types in the file", "furthest off", "says")]
+    silent, unknown, off = [], [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "out.gguf"
+        for type_name, method in [*((name, "") for name in TYPES), *METHODS]:
+            done = made(original, out, type_name, method)
+            label = f"{type_name} {done}"
+            found = dequantized(out)
+            furthest = "scaled" if "awq" in done else f"{worst(numbers, found, off, label):.3f}"
+            said = answer(out)
+            kinds = " ".join(sorted({kind for kind, _ in found.values()} - {"F32", "F16"}))
+            rows.append((type_name, done, kinds, furthest, said.replace("\n", " ")[:48]))
+            print(f"  {label}: {said[:40]!r}", file=sys.stderr, flush=True)
+            if not said.strip():
+                silent.append(label)
+            if least_bits(found) >= 4 and KNOWN not in said:
+                unknown.append(label)
+            out.unlink()
+    bar.say(table(rows))
+    bar.details["files"] = rows
+    count = len(rows) - 1
+    bar.require(f"{count - len(silent)} of {count} files answer in llama-cli {silent or ''}", not silent)
+    bar.require(f"those of 4 bits and more say {KNOWN} {unknown or ''}", not unknown)
+    bar.require(f"every tensor within what its type can hold {off or ''}", not off)
+
+
+def made(original: Path, out: Path, type_name: str, method: str) -> str:
+    """Returns the method that it was made with."""
+    for each in (method,) if method else ("rtn", "imatrix"):
+        request = Request(type_name, each, out, calibration_tokens=FEW_TOKENS)
+        try:
+            with prepare(original, request) as ready:
+                write(ready)
+                if ready.finished is not None:
+                    ready.finished.remove()
+                return each
+        except UsageError as error:
+            if "which weights matter" not in str(error):
+                raise
+    raise AssertionError(type_name)
+
+
+def answer(path: Path) -> str:
+    """What llama-cli says."""
+    command = [
+        peer("llama-cli"), "-m", path, "-p", QUESTION, "-st", "--simple-io", "-n", 24, "--temp", 0,
+        "-t", 2, "-c", 512, "--no-warmup", "--log-verbosity", 0,
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(each) for each in command], stdin=subprocess.DEVNULL, capture_output=True, timeout=300
+    )
+    if done.returncode != 0:
+        return ""
+    _, _, said = done.stdout.decode(errors="replace").rpartition(QUESTION)
+    return "\n".join(line for line in said.splitlines() if not line.startswith(("[", ">"))).strip()
+
+
+def dequantized(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """Each matrix's type and numbers, by name."""
+    import gguf
+    from gguf.quants import dequantize
+
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            numbers = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            found[tensor.name] = (tensor.tensor_type.name, numbers)
+    return found
+
+
+def worst(
+    numbers: dict[str, tuple[str, np.ndarray]],
+    found: dict[str, tuple[str, np.ndarray]],
+    off: list[str],
+    label: str,
+) -> float:
+    """The largest relative error; a line into `off` for each tensor whose type could do better."""
+    largest = 0.0
+    for name, (kind, own) in found.items():
+        wanted = numbers[name][1].reshape(own.shape)
+        error = float(np.sqrt(np.mean((own - wanted) ** 2) / np.mean(wanted**2)))
+        largest = max(largest, error)
+        if not error <= MOST_OFF.get(bits(kind), 0.001):
+            off.append(f"{label}: {name} in {kind}: {error:.3f}")
+    return largest
+
+
+def bits(kind: str) -> int:
+    """Of a code of a type; 16 or more of those that are not quantized."""
+    digits = "".join(letter for letter in kind.removeprefix("BF").lstrip("IQTF") if letter.isdigit())
+    return int(digits[:2]) if digits[:2] in ("16", "32") else int(digits[0])
+
+
+def least_bits(found: dict[str, tuple[str, np.ndarray]]) -> int:
+    return min(bits(kind) for kind, _ in found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(run_bar(__file__, str(__doc__), measure))
