@@ -92,7 +92,9 @@ def answer(path: Path) -> str:
     if done.returncode != 0:
         return ""
     _, _, said = done.stdout.decode(errors="replace").rpartition(QUESTION)
-    return "\n".join(line for line in said.splitlines() if not line.startswith(("[", ">"))).strip()
+    return "\n".join(
+        line for line in said.splitlines() if not line.startswith(("[", ">", "Exiting"))
+    ).strip()
 
 
 def dequantized(path: Path) -> dict[str, tuple[str, np.ndarray]]:
