@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from edgeinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeinfer.cli.quantized_file import FileOptions
+    from edgeinfer.quantize.folders import FolderPlan
 
 
 def is_folder_type(
@@ -29,37 +35,78 @@ def write_folder(
     output: str | None,
     group_size: int | None,
     scale_type: str | None,
-    *,
-    quiet: bool,
-    as_json: bool,
+    wanted: FileOptions,
 ) -> None:
-    """path: of the model."""
-    from edgeinfer.cli.output import StatusLine, emit, emit_json
-    from edgeinfer.machine.ledger import shown_bytes
-    from edgeinfer.quantize.folders import FLOAT_TYPES, FolderOptions, plan_folder, write
+    """path: of the model. wanted: of it what folders have."""
+    from edgeinfer.cli.long_work import Clock, say_what_is_kept
+    from edgeinfer.cli.output import StatusLine
+    from edgeinfer.quantize.fitted_folder import method_of_folder
+    from edgeinfer.quantize.folders import FolderOptions, plan_folder
     from edgeinfer_models.conversion.model import source_of_folder, source_of_gguf
 
+    wanted.check(type_name)
     source = source_of_folder(path) if path.is_dir() else source_of_gguf(path)
     out = None if output is None else Path(output).expanduser()
     options = FolderOptions(group_size, scale_type)
     plan = plan_folder(source, path, type_name, to, out, options)
-    status = StatusLine(enabled=not quiet)
+    text = None if wanted.calibration is None else Path(wanted.calibration).expanduser()
+    method, notes = method_of_folder(plan, wanted.method, text)
+    status = StatusLine(enabled=not wanted.quiet)
     try:
-        write(plan, lambda done: status.show(f"writing {plan.out.name} … {done:.0%}"))
+        notes += _made(plan, method, text, wanted.calibration_tokens, Clock(status).show)
+    except KeyboardInterrupt:
+        status.close()
+        say_what_is_kept(plan.out, quiet=wanted.quiet)
+        raise
     finally:
         status.close()
-    for note in plan.notes:
+    _tell(plan, method, (*plan.notes, *notes), wanted)
+
+
+def _made(
+    plan: FolderPlan,
+    method: str | None,
+    text: Path | None,
+    tokens: int | None,
+    show: Callable[[str, float], None],
+) -> tuple[str, ...]:
+    """What there is to tell of it."""
+    from edgeinfer.quantize.calibrated import CORRECTING, work_folder
+    from edgeinfer.quantize.calibration import DEFAULT_TOKENS
+    from edgeinfer.quantize.finished_tensors import kept_apart
+    from edgeinfer.quantize.fitted_folder import fit_folder
+    from edgeinfer.quantize.folders import write
+
+    def progress(done: float) -> None:
+        show(f"writing {plan.out.name}", done)
+
+    if method not in CORRECTING:
+        write(plan, progress)
+        return ()
+    with kept_apart(work_folder(plan.out)):
+        fitted = fit_folder(plan, method, text, tokens or DEFAULT_TOKENS, show)
+        write(fitted.plan, progress)
+        fitted.finished.remove()
+        return fitted.notes
+
+
+def _tell(plan: FolderPlan, method: str | None, notes: tuple[str, ...], wanted: FileOptions) -> None:
+    from edgeinfer.cli.output import emit, emit_json
+    from edgeinfer.machine.ledger import shown_bytes
+
+    for note in notes:
         typer.echo(f"edgeinfer: {note}", err=True)
-    if as_json:
+    if wanted.as_json:
         emit_json(
             {
                 "output": str(plan.out),
                 "type": plan.type_name,
-                "method": None if plan.type_name in FLOAT_TYPES else "rtn",
+                "method": method,
                 "bytes": plan.num_bytes,
                 "bits_per_weight": plan.bits_per_weight,
-                "notes": list(plan.notes),
+                "notes": list(notes),
             }
         )
         return
-    emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each\n")
+    size = f"{shown_bytes(plan.num_bytes)} of weights, {plan.bits_per_weight:.2f} bits each"
+    emit(f"{plan.out}: {size}{f', {method}' if method else ''}\n")

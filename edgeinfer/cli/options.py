@@ -348,8 +348,9 @@ Method = Annotated[
         "method",
         "How weights are rounded. rtn: each by itself. With calibration text: imatrix, those that matter"
         " more come out closer; gptq, errors are made up for in other weights; awq, columns that matter"
-        " are scaled up first; awq+gptq; qat, gptq and then learning from the full model. Default:"
-        " awq+gptq where torch is installed and the model is not huge, else rtn.",
+        " are scaled up first; awq+gptq; qat, gptq and then learning from the full model. Folders have"
+        " neither imatrix nor qat, fp8 only rtn. Default: awq+gptq where torch is installed and the"
+        " model is not huge (of folders: mlx-4bit and int4), else rtn.",
         "METHOD",
         _WEIGHTS,
         default=False,

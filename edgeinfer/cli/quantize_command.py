@@ -70,14 +70,12 @@ def quantize(
     if is_file and group_size is None and scale_type is None:
         write_file(_found(model), output, type_name, wanted)
         return
-    for option in wanted.given():
+    is_folder = is_folder_type(type_name, to, group_size, scale_type)
+    for option in wanted.given(folder=is_folder):
         what = f"--type {type_name[:40]}" if type_name else f"--to {str(to)[:40]}"
         raise UsageError(f"{option} is for GGUF files of fewer bits, which {what} is not")
-    if is_folder_type(type_name, to, group_size, scale_type):
-        path = _found(model)
-        write_folder(
-            path, type_name, to, output, group_size, scale_type, quiet=quiet, as_json=json_output
-        )
+    if is_folder:
+        write_folder(_found(model), type_name, to, output, group_size, scale_type, wanted)
         return
     if type_name in TYPES:
         raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")

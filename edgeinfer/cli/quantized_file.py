@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from edgeinfer.errors import QualityTooLow, UsageError
 
 if TYPE_CHECKING:
-    from edgeinfer.cli.output import StatusLine
     from edgeinfer.measure.loss_report import LossReport
     from edgeinfer.quantize.prepared import Ready, Request
 
 BUDGET_TYPE = "q4_k_m"  # what embeddings and head get with --budget
 MOST_MINUTES = 7 * 24 * 60.0
 MOST_TOKENS = 2**22
+_OF_FOLDERS = ("--method", "--calibration", "--calibration-tokens")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class FileOptions:
     quiet: bool
     as_json: bool
 
-    def given(self) -> list[str]:
-        """Those that only a file of fewer bits has."""
+    def given(self, *, folder: bool) -> list[str]:
+        """Those that only a file of fewer bits has; folder: those that folders have are left out."""
         found = {
             "--method": self.method != "auto",
             "--calibration": self.calibration is not None,
@@ -57,7 +56,8 @@ class FileOptions:
             "--report-tokens": self.report_tokens is not None,
             "--refresh": self.refreshes,
         }
-        return [name for name, is_given in found.items() if is_given]
+        shared = _OF_FOLDERS if folder else ()
+        return [name for name, is_given in found.items() if is_given and name not in shared]
 
     def check(self, type_name: str | None) -> None:
         """Raises UsageError, ExtraMissing."""
@@ -92,6 +92,7 @@ class FileOptions:
 
 def write_file(path: Path, output: str | None, type_name: str | None, wanted: FileOptions) -> None:
     """path: a folder of safetensors or a GGUF file. type_name: of TYPES; None: auto."""
+    from edgeinfer.cli.long_work import Clock, say_what_is_kept
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.quantize.prepared import forget_finished, prepare, write
 
@@ -116,7 +117,7 @@ def write_file(path: Path, output: str | None, type_name: str | None, wanted: Fi
             return
     request = _request(path, output, type_name or BUDGET_TYPE, wanted)
     status = StatusLine(enabled=not wanted.quiet)
-    show = _Clock(status).show
+    show = Clock(status).show
     try:
         with prepare(path, request, show) as ready:
             status.clear()
@@ -130,7 +131,7 @@ def write_file(path: Path, output: str | None, type_name: str | None, wanted: Fi
             forget_finished(ready)
     except KeyboardInterrupt:
         status.close()
-        _say_what_is_kept(request, wanted)
+        say_what_is_kept(request.out, quiet=wanted.quiet)
         raise
     finally:
         status.close()
@@ -279,42 +280,6 @@ def _tell(
     )
     for line in report.lines() if report is not None else ():
         emit(f"{line}\n")
-
-
-def _say_what_is_kept(request: Request, wanted: FileOptions) -> None:
-    from edgeinfer.quantize.calibrated import work_folder
-
-    folder = work_folder(request.out) if request.out is not None else None
-    if folder is not None and folder.is_dir() and not wanted.quiet:
-        sys.stderr.write(
-            f"edgeinfer: what is finished is kept in {folder}; the same command goes on from there\n"
-        )
-
-
-class _Clock:
-    """Says how far something is and how long it will take, by how long it has taken."""
-
-    def __init__(self, status: StatusLine) -> None:
-        self._status = status
-        self._what = ""
-        self._begin = (0.0, 0.0)
-
-    def show(self, what: str, done: float) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._begin = what, (now, done)
-        began, first = self._begin
-        gained = done - first
-        left = ""
-        if gained > 0.02 and now - began > 5:
-            left = f", {_span((now - began) * (1 - done) / gained)} left"
-        self._status.show(f"{what} … {done:.0%}{left}")
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _path(text: str) -> Path:

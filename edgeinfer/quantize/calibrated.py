@@ -14,6 +14,7 @@ from edgeinfer.errors import BackendUnavailable
 from edgeinfer.quantize.calibration import TEXT_TOKENS, Calibration, read_calibration
 from edgeinfer.quantize.corrected import Correction, correct, name_in_layer
 from edgeinfer.quantize.finished_tensors import FinishedTensors
+from edgeinfer.quantize.forms import Form, ggml_forms
 from edgeinfer.quantize.importance import NamedImatrix
 from edgeinfer.quantize.layer_walk import LayerWalk
 from edgeinfer.quantize.scaling import links_of, said
@@ -91,24 +92,36 @@ def corrected(
     folder: Path,
     progress: Progress = lambda _: None,
 ) -> tuple[FinishedTensors, tuple[str, ...]]:
-    """method: of CORRECTING. folder: where what is done is kept. Returns it, and a line for each thing
-    to be told. Raises OSError, UsageError, ModelFileInvalid."""
+    """Of a GGUF file. Otherwise as `fitted`."""
+    rows = get_backend("llamacpp").row_quantizer()
+    try:
+        forms = ggml_forms(plan.changed.values(), rows)
+        return fitted(of, plan.changed, forms, method, folder, progress)
+    finally:
+        rows.close()
+
+
+def fitted(
+    of: Calibrated,
+    types: Mapping[str, str | None],
+    forms: Mapping[str, Form],
+    method: str,
+    folder: Path,
+    progress: Progress = lambda _: None,
+) -> tuple[FinishedTensors, tuple[str, ...]]:
+    """types: of each tensor, by its GGUF name; None: it stays. forms: by types. method: of CORRECTING.
+    folder: where what is done is kept. Returns it, and a line for each thing to be told. Raises OSError,
+    UsageError, ModelFileInvalid."""
     how = Correction(scales="awq" in method, feeds_back="gptq" in method)
     job = {
         "version": __version__,
         "source": _stamp(of.source),
-        "types": dict(plan.chosen),
+        "types": dict(types),
         "calibration": of.calibration.digest,
         "method": asdict(how),
     }
-    rows = get_backend("llamacpp").row_quantizer()
-    try:
-        finished = FinishedTensors(folder, job)
-        texts = of.calibration.texts
-        layers = of.model.layers
-        correct(of.source, plan.changed, layers, texts, rows, finished, how, progress)
-    finally:
-        rows.close()
+    finished = FinishedTensors(folder, job)
+    correct(of.source, types, of.model.layers, of.calibration.texts, forms, finished, how, progress)
     unscaled = links_of(of.source.shape)[1]
     return finished, (said(unscaled),) if how.scales and unscaled else ()
 

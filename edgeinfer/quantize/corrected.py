@@ -1,13 +1,14 @@
-"""A model's matrices onto their types' grids, layer by layer, with calibration text running through
+"""A model's matrices onto their forms' grids, layer by layer, with calibration text running through
 them.
 
 Each layer is given what the layers before it, as they now are, make of the text; so what they got
 wrong is among what the next ones are fitted to. Two methods, which go together:
 
-- gptq: error feedback and coordinate descent onto the type's own grid (error_feedback.py);
+- gptq: error feedback and coordinate descent onto the form's own grid (error_feedback.py);
 - awq: columns that matter are made larger before they are rounded (scaling.py).
 
-Types without an even grid (IQ1 to IQ3) are rounded by ggml's search, weighted with the inputs' squares.
+ggml's types without an even grid (IQ1 to IQ3) are rounded by its search, weighted with the inputs'
+squares.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output
 from edgeinfer.quantize.layer_walk import Inputs, LayerWalk
 from edgeinfer.quantize.scaling import Link, best_scales, links_of
 from edgeinfer_models.conversion.floats import to_float32
-from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 from edgeinfer_models.families.changes import from_gguf, to_gguf
 from edgeinfer_models.families.tensors import TensorRule, decoder_name
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edgeinfer.backend import Layers, RowQuantizer
+    from edgeinfer.backend import Layers
     from edgeinfer.quantize.finished_tensors import FinishedTensors
+    from edgeinfer.quantize.forms import Form
     from edgeinfer_models.conversion.model import SourceModel
 
     Floats = npt.NDArray[np.float32]
@@ -53,18 +54,18 @@ def correct(
     types: Mapping[str, str | None],
     layers: Layers,
     texts: Sequence[Sequence[int]],
-    rows: RowQuantizer,
+    forms: Mapping[str, Form],
     finished: FinishedTensors,
     correction: Correction | None = None,
     progress: Progress = lambda _: None,
 ) -> None:
-    """types: of each tensor, by its GGUF name; None: it stays. What is done is put into `finished` by
-    those names: blocks of matrices, and F32 numbers of norms and biases that awq changed. Layers that
-    are there whole are taken from it. Raises OSError, ModelFileInvalid."""
+    """types: of each tensor, by its GGUF name; None: it stays. forms: by types. What is done is put
+    into `finished` by those names: blocks of matrices, and F32 numbers of norms and biases that awq
+    changed. Layers that are there whole are taken from it. Raises OSError, ModelFileInvalid."""
     how = correction or Correction()
     walk = LayerWalk(layers, texts)
     for layer in range(layers.num_layers):
-        work = _Layer(source, types, layers, layer, rows, finished)
+        work = _Layer(source, types, layers, layer, forms, finished)
         if not work.is_finished:
             inputs = walk.observe(layer, work.names, _part(progress, layer, layers.num_layers, 0, 0.5))
             work.correct(inputs, how, _part(progress, layer, layers.num_layers, 0.5, 0.4))
@@ -114,14 +115,14 @@ class _Layer:
         types: Mapping[str, str | None],
         layers: Layers,
         layer: int,
-        rows: RowQuantizer,
+        forms: Mapping[str, Form],
         finished: FinishedTensors,
     ) -> None:
         self._source, self._layers, self._layer = source, layers, layer
-        self._rows, self._finished = rows, finished
+        self._finished = finished
         self._rules = [rule for rule in source.family.rules(source.shape) if rule.layer == layer]
         self._places = decoder_places(source, types, layer)
-        self._types = {name: place.type_name for name, place in self._places.items()}
+        self._forms = {name: forms[place.type_name] for name, place in self._places.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,8 +145,9 @@ class _Layer:
             feedback = Feedback(moment, how.feedback)
             for name in group.matrices:
                 scaled = scales.applied(name, weights[name])
-                found = self._rounded(scaled, self._types[name], feedback, how)
-                errors[name] = output_error(scaled, self._meant(name, found), moment)
+                found = _rounded(scaled, self._forms[name], feedback, how)
+                numbers = self._forms[name].numbers(found)
+                errors[name] = output_error(scaled, numbers, moment)
                 blocks[name] = found
                 progress(len(blocks) / len(self._places))
         self._keep(blocks, errors, scales)
@@ -157,7 +159,7 @@ class _Layer:
             rule = place.rule
             stacked = self._finished.blocks(rule.gguf).reshape(len(rule.hf), rule.shape[0], -1)
             stored = stacked[place.index]
-            numbers = self._meant(name, from_gguf(stored, rule.change, rule.heads))
+            numbers = self._forms[name].numbers(from_gguf(stored, rule.change, rule.heads))
             for axis, kind in ((0, "rows"), (1, "columns")):
                 key = _scale_key(self._layer, name, kind)
                 if key in self._finished:
@@ -167,22 +169,15 @@ class _Layer:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _rounded(self, weight: Floats, type_name: str, feedback: Feedback, how: Correction) -> Blocks:
-        if how.feeds_back and type_name in GRIDS:
-            return feedback.quantize(weight, type_name, self._rows)
-        return self._rows.quantize(type_name, weight, feedback.importance)
-
-    def _meant(self, name: str, blocks: Blocks) -> Floats:
-        return numbers_of(self._types[name], blocks)
-
     def _scale(self, inputs: Sequence[Inputs], weights: Mapping[str, Floats], scales: _Scales) -> None:
         moments = {name: group.second_moment for group in inputs for name in group.matrices}
         for link in links_of(self._source.shape)[0]:
-            if any(self._types.get(name) not in GRIDS for name in link.fed):
+            forms = [self._forms.get(name) for name in link.fed]
+            if any(form is None or form.grid is None for form in forms):
                 continue  # what is not rounded gains nothing
             if not link.is_norm and link.feeder not in weights:
                 continue
-            found = best_scales(link, weights, moments[link.fed[0]], self._types, self._rows)
+            found = best_scales(link, weights, moments[link.fed[0]], self._forms)
             if (found == 1).all():
                 continue
             for name in link.fed:
@@ -246,15 +241,10 @@ class _Scales:
         return found
 
 
-def numbers_of(type_name: str, blocks: Blocks) -> Floats:
-    """What a type's blocks mean: shape (rows, width)."""
-    if type_name in GRIDS:
-        return unpack(type_name, blocks).numbers(GRIDS[type_name])
-    import gguf
-    from gguf.quants import dequantize
-
-    found: Floats = dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[type_name])
-    return found
+def _rounded(weight: Floats, form: Form, feedback: Feedback, how: Correction) -> Blocks:
+    if how.feeds_back and form.grid is not None:
+        return feedback.quantize(weight, form)
+    return form.rounded(weight, feedback.importance)
 
 
 def _scale_key(layer: int, name: str, kind: str) -> str:

@@ -1,6 +1,6 @@
-"""A matrix onto a type's own grid, so that what it computes changes least.
+"""A matrix onto a form's own grid, so that what it computes changes least.
 
-    blocks = Feedback(hessian).quantize(weight, "Q4_0", rows)
+    blocks = Feedback(hessian).quantize(weight, form)
 
 Rounding each number by itself is best for the numbers, not for their products with what the layer is
 really given. With inputs x the error of a row w rounded to q is (q - w) H (q - w)' where H is the mean
@@ -8,13 +8,13 @@ of x x' over calibration text. Three steps lower it:
 
 1. GPTQ (Frantar et al., 2022, arXiv:2210.17323): column by column, what rounding one changed is made
    up for in those to its right. The groups' scales are found when their first column's turn comes, by
-   ggml's own search, weighted with H's diagonal: so they fit the numbers as they have become.
+   the form's own search, weighted with H's diagonal: so they fit the numbers as they have become.
 2. Coordinate descent (as in QuantEase, Behdin et al., 2023, arXiv:2309.01885): every number goes once
    more to the level that is best given all others, in a few sweeps.
 3. Between sweeps each group's scale (and offset) goes to what is best given the codes, as far as the
-   type can hold it.
+   form can hold it.
 
-The result is a plain tensor of that type, which any program reads.
+The result is a plain tensor of that form, which any program reads.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeinfer_models.conversion.ggml_grids import GRIDS, Grid, Parts, pack, to_f16, unpack
+from edgeinfer_models.conversion.grids import Grid, Parts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edgeinfer.backend import RowQuantizer
+    from edgeinfer.quantize.forms import Form
 
     Floats = npt.NDArray[np.float32]
     Blocks = npt.NDArray[np.uint8]
     Codes = npt.NDArray[np.uint8]
 
-_SPAN = 128  # columns that are updated one by one before the rest is, in one product
+# Columns that are updated one by one before the rest is, in one product; as many as a block has, if that
+# is no more than the second.
+_SPAN, _LONGEST_SPAN = 128, 256
 _LEAST = 1e-30
 
 
@@ -81,48 +83,48 @@ class Feedback:
         """Of each column: shape (in,)."""
         return self._importance
 
-    def quantize(self, weight: Floats, type_name: str, rows: RowQuantizer) -> Blocks:
-        """weight: shape (out, in). Returns the type's blocks: (out, bytes of a row)."""
-        grid = GRIDS[type_name]
-        parts = self._with_feedback(weight, grid, rows)
-        parts = self._descended(weight, grid, parts)
-        return pack(type_name, parts)
+    def quantize(self, weight: Floats, form: Form) -> Blocks:
+        """weight: shape (out, in). form: one with a grid. Returns its blocks: (out, bytes of a row)."""
+        grid = form.grid
+        assert grid is not None  # noqa: S101 (the caller looks)
+        parts = self._with_feedback(weight, grid, form)
+        parts = self._descended(weight, grid, form, parts)
+        return form.pack(parts)
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _with_feedback(self, weight: Floats, grid: Grid, rows: RowQuantizer) -> Parts:
+    def _with_feedback(self, weight: Floats, grid: Grid, form: Form) -> Parts:
         left = weight.copy()  # what each column should be, given what was rounded before it
         root = self._inverse_root
         width = weight.shape[1]
-        span = max(_SPAN, grid.block)
+        span = min(max(_SPAN, grid.block), _LONGEST_SPAN)
         found: list[Parts] = []
         for start in range(0, width, span):
             stop = min(start + span, width)
             lost = np.empty((len(weight), stop - start), np.float32)
-            for begin in range(start, stop, grid.block):
-                end = begin + grid.block
-                importance = np.maximum(self._importance[begin:end], _LEAST)
-                block = np.ascontiguousarray(left[:, begin:end])
-                parts = unpack(grid.name, rows.quantize(grid.name, block, importance))
-                codes = np.empty_like(parts.codes)
-                rounding = _Rounding(grid, parts)
-                for column in range(begin, end):
-                    own = left[:, column]
-                    codes[:, column - begin], number = rounding.nearest(own, column - begin)
-                    lost[:, column - start] = (own - number) / root[column, column]
-                    left[:, column + 1 : stop] -= np.outer(
-                        lost[:, column - start], root[column, column + 1 : stop]
-                    )
-                found.append(replace(parts, codes=codes))
+            for column in range(start, stop):
+                within = column % grid.block
+                if within == 0:
+                    end = column + grid.block
+                    importance = np.maximum(self._importance[column:end], _LEAST)
+                    parts = form.search(left[:, column:end], importance)
+                    found.append(replace(parts, codes=parts.codes.copy()))
+                    rounding = _Rounding(grid, parts)
+                own = left[:, column]
+                found[-1].codes[:, within], number = rounding.nearest(own, within)
+                lost[:, column - start] = (own - number) / root[column, column]
+                left[:, column + 1 : stop] -= np.outer(
+                    lost[:, column - start], root[column, column + 1 : stop]
+                )
             left[:, stop:] -= lost @ root[start:stop, stop:]
         return _joined(found)
 
-    def _descended(self, weight: Floats, grid: Grid, parts: Parts) -> Parts:
+    def _descended(self, weight: Floats, grid: Grid, form: Form, parts: Parts) -> Parts:
         numbers = parts.numbers(grid)
         lost: Floats = numbers - weight
         slope = np.matmul(lost, self._hessian, dtype=np.float32)  # half of the error's gradient
         for _ in range(self._settings.sweeps):
-            parts = self._rescaled(grid, parts, slope)
+            parts = self._rescaled(grid, form, parts, slope)
             parts = self._recoded(grid, parts, slope)
         return parts
 
@@ -146,7 +148,7 @@ class Feedback:
             slope += moved @ hessian[start:stop]
         return replace(parts, codes=codes)
 
-    def _rescaled(self, grid: Grid, parts: Parts, slope: Floats) -> Parts:
+    def _rescaled(self, grid: Grid, form: Form, parts: Parts, slope: Floats) -> Parts:
         """Every group's scale, then its offset, to what is best given the codes."""
         levels = np.asarray(grid.levels, np.float32)[parts.codes]
         per_unit = grid.block // grid.group
@@ -159,7 +161,7 @@ class Feedback:
             shape = levels[:, columns]
             at = group // per_unit
             if grid.steps is None:
-                moved = _move_unit(unit[:, at], shape, slope[:, columns], own)
+                moved = _move_unit(form, unit[:, at], shape, slope[:, columns], own)
             else:
                 moved = _move_step(
                     unit[:, at], step[:, group], grid.steps, shape, slope[:, columns], own
@@ -169,7 +171,7 @@ class Feedback:
                 continue
             ones = np.full_like(shape, -1.0)
             if grid.offset_steps is None:
-                moved = _move_unit(offset_unit[:, at], ones, slope[:, columns], own)
+                moved = _move_unit(form, offset_unit[:, at], ones, slope[:, columns], own)
             else:
                 moved = _move_step(
                     offset_unit[:, at],
@@ -241,10 +243,10 @@ def _best(shape: Floats, slope: Floats, own: Floats) -> Floats:
     return np.where(bend > _LEAST, found, 0).astype(np.float32)
 
 
-def _move_unit(unit: Floats, shape: Floats, slope: Floats, own: Floats) -> Floats:
+def _move_unit(form: Form, unit: Floats, shape: Floats, slope: Floats, own: Floats) -> Floats:
     """In place; returns by how much."""
     before = unit.copy()
-    moved = to_f16(before + _best(shape, slope, own))
+    moved = form.as_stored(before + _best(shape, slope, own))
     unit[:] = np.where(np.isfinite(moved), moved, before)
     return unit - before
 

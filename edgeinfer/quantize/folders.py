@@ -1,17 +1,21 @@
 """Folders of quantized weights, for mlx-lm and for torch: what becomes of a model, and the doing of it.
 
-plan = plan_folder(model, path, "mlx-4bit", out=None, options=FolderOptions())
+plan = plan_folder(model, path, "mlx-4bit", None, out=None, options=FolderOptions())
 write(plan, progress)
+
+Numbers are rounded to the nearest, or are what `pieces_of` is given in the place of that
+(fitted_folder.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeinfer.errors import UsageError
+from edgeinfer_models.conversion.affine import nearest
 from edgeinfer_models.conversion.compressed_folder import KINDS, compressed_pieces, write_compressed
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.floats import FLOATS
@@ -22,7 +26,8 @@ from edgeinfer_models.conversion.own_files import kept_as, stored_types
 from edgeinfer_models.conversion.packed_rows import MLX_GROUPS, MlxPacking
 
 if TYPE_CHECKING:
-    from edgeinfer_models.conversion.symmetric import Kind
+    from edgeinfer_models.conversion.affine import AffineEncode
+    from edgeinfer_models.conversion.symmetric import Kind, SymmetricEncode
 
 MLX_TYPES = {"mlx-4bit": 4, "mlx-8bit": 8}
 FLOAT_TYPES = ("f16", "bf16", "f32")
@@ -92,16 +97,28 @@ def plan_folder(
     if container == "mlx":
         own = packing_for(model, MLX_TYPES.get(kind, 8), group)
         packing = own if kind in MLX_TYPES else None
-        pieces = mlx_pieces(model, packing, dtype=dtype)
     else:
         dtype = dtype or _widest(model)
-        pieces = compressed_pieces(model, _kind(kind), dtype, group=group)
-    plan = FolderPlan(model, kind, container, target, dtype, group, packing, pieces, ())
+    plan = FolderPlan(model, kind, container, target, dtype, group, packing, (), ())
+    plan = replace(plan, pieces=pieces_of(plan))
     lacking = lacking_room(target.parent, plan.num_bytes)
     if lacking:
         raise UsageError(f"{target}: {lacking}; free some, or give another -o")
-    notes = tuple(_notes(plan))
-    return FolderPlan(model, kind, container, target, dtype, group, packing, pieces, notes)
+    return replace(plan, notes=tuple(_notes(plan)))
+
+
+def pieces_of(
+    plan: FolderPlan,
+    *,
+    rounding: Callable[[int, int], AffineEncode] = nearest,
+    encode: SymmetricEncode | None = None,
+) -> Sequence[Piece]:
+    """rounding: see `mlx_pieces`. encode: see `compressed_pieces`. Raises ModelFileInvalid."""
+    if plan.to == "mlx":
+        return mlx_pieces(plan.model, plan.packing, dtype=plan.dtype, rounding=rounding)
+    assert plan.dtype is not None  # noqa: S101 (there is always one, of these)
+    kind = kind_of(plan.type_name)
+    return compressed_pieces(plan.model, kind, plan.dtype, group=plan.group, encode=encode)
 
 
 def write(plan: FolderPlan, progress: Progress = lambda _: None) -> None:
@@ -114,7 +131,7 @@ def write(plan: FolderPlan, progress: Progress = lambda _: None) -> None:
     write_compressed(
         plan.out,
         plan.model,
-        _kind(plan.type_name),
+        kind_of(plan.type_name),
         plan.pieces,
         plan.dtype,
         group=plan.group,
@@ -145,7 +162,8 @@ def _suffix(kind: str, container: FolderContainer) -> str:
     return f"mlx-{kind}" if container == "mlx" and kind in FLOAT_TYPES else kind
 
 
-def _kind(name: str) -> Kind:
+def kind_of(name: str) -> Kind:
+    """Of compressed-tensors' forms."""
     return next(kind for kind in KINDS if kind == name)
 
 

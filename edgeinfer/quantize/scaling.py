@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 from edgeinfer_models.families.shape import DecoderShape
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from edgeinfer.backend import RowQuantizer
+    from edgeinfer.quantize.forms import Form
 
     Floats = npt.NDArray[np.float32]
     Indices = npt.NDArray[np.int64]
@@ -82,10 +81,9 @@ def best_scales(
     link: Link,
     weights: Mapping[str, Floats],
     second_moment: Floats,
-    types: Mapping[str, str],
-    rows: RowQuantizer,
+    forms: Mapping[str, Form],
 ) -> Floats:
-    """Of each column of what `link` feeds; ones where nothing helps. weights, types: of the matrices it
+    """Of each column of what `link` feeds; ones where nothing helps. weights, forms: of the matrices it
     feeds. second_moment: of what they are given."""
     squares = np.maximum(np.diag(second_moment), 0).astype(np.float64)
     size = np.sqrt(_shared_mean(squares, link.rows) + _LEAST)
@@ -94,8 +92,7 @@ def best_scales(
         scales = size**exponent
         scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
         lost = sum(
-            _lost(_some_rows(weights[name]), scales, second_moment, types[name], rows)
-            for name in link.fed
+            _lost(_some_rows(weights[name]), scales, second_moment, forms[name]) for name in link.fed
         )
         if lost < least:
             best, least = scales, lost
@@ -115,13 +112,10 @@ def _some_rows(weight: Floats) -> Floats:
     return weight[::step]
 
 
-def _lost(
-    weight: Floats, scales: Floats, second_moment: Floats, type_name: str, rows: RowQuantizer
-) -> float:
+def _lost(weight: Floats, scales: Floats, second_moment: Floats, form: Form) -> float:
     importance = np.maximum(np.diag(second_moment) / scales**2, 0).astype(np.float32)
     scaled = np.ascontiguousarray(weight * scales)
-    blocks = rows.quantize(type_name, scaled, importance)
-    off = unpack(type_name, blocks).numbers(GRIDS[type_name]) / scales - weight
+    off = form.numbers(form.rounded(scaled, importance)) / scales - weight
     return float(np.einsum("ij,ij->", off @ second_moment, off))
 
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeinfer.quantize.calibrated import Calibrated
-from edgeinfer.quantize.corrected import Place, decoder_places, numbers_of
+from edgeinfer.quantize.corrected import Place, decoder_places
+from edgeinfer.quantize.forms import numbers_of
 from edgeinfer.quantize.layer_walk import LayerWalk
 from edgeinfer_models.conversion.floats import to_float32
 

@@ -16,22 +16,18 @@ from edgeinfer.quantize import corrected
 from edgeinfer.quantize.calibrated import stored_of
 from edgeinfer.quantize.corrected import Correction, correct
 from edgeinfer.quantize.finished_tensors import FinishedTensors
+from edgeinfer.quantize.forms import ggml_forms
 from edgeinfer.quantize.layer_walk import LayerWalk
-from edgeinfer.quantize.scaling import Link, links_of
+from edgeinfer.quantize.scaling import links_of
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.model import SourceModel, source_of_folder
 from edgeinfer_models.conversion.to_gguf import GgufPlan, write_gguf
 from edgeinfer_models.families.shape import DecoderShape
 from tests.fixtures_families import CONFIGS, VOCAB, full, llama_cpp_logits, write_folder
 from tests.fixtures_gguf import tiny_vocabulary
+from tests.fixtures_layers import TEXTS, TOKENS, any_scales, logits_of, streamed
 
-torch = pytest.importorskip("torch")
-
-TEXTS = tuple(
-    tuple(int(token) for token in np.random.default_rng(seed).integers(0, VOCAB, 32))
-    for seed in range(8)
-)
-TOKENS = list(TEXTS[0][:20])
+pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +35,6 @@ def rows() -> Iterator[RowQuantizer]:
     found = get_backend("llamacpp").row_quantizer(1)
     yield found
     found.close()
-
-
-def streamed(source: SourceModel) -> Any:
-    """These folders have no tokenizer."""
-    from edgeinfer_backends.torch.decoder import Decoder
-    from edgeinfer_backends.torch.streamed_layers import StreamedLayers
-
-    cpu = torch.device("cpu")
-    with torch.device("meta"):
-        decoder = Decoder(source.shape)
-    decoder.set_context(256, cpu)
-    return StreamedLayers(source, decoder, cpu, torch.float32, 256)
 
 
 def types_of(source: SourceModel, kind: str) -> dict[str, str | None]:
@@ -78,13 +62,6 @@ def written(
     return path
 
 
-def logits_of(layers: Any, tokens: list[int]) -> np.ndarray:
-    states = layers.embed([tokens])
-    for layer in range(layers.num_layers):
-        states = layers.run(layer, states)
-    return layers.head(states)[0]
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("scales", [False, True], ids=["gptq", "awq+gptq"])
 def test_a_model_of_every_family_predicts_as_before(
@@ -94,12 +71,6 @@ def test_a_model_of_every_family_predicts_as_before(
     rows: RowQuantizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def any_scales(link: Link, *_: object) -> np.ndarray:
-        """Large enough that one left out somewhere would be seen."""
-        which, places = np.unique(link.rows, return_inverse=True)
-        drawn = np.exp2(np.random.default_rng(len(which)).uniform(-1, 1, len(which)))
-        return drawn[places].astype(np.float32)
-
     monkeypatch.setattr(corrected, "best_scales", any_scales)
     source = source_of_folder(write_folder(tmp_path / "model", {**full(config), "pad_token_id": 0}))
     layers = streamed(source)
@@ -107,7 +78,8 @@ def test_a_model_of_every_family_predicts_as_before(
     types = types_of(source, "Q8_0")
     finished = FinishedTensors(tmp_path / "work", {})
     done: list[float] = []
-    correct(source, types, layers, TEXTS, rows, finished, Correction(scales=scales), done.append)
+    forms = ggml_forms(types.values(), rows)
+    correct(source, types, layers, TEXTS, forms, finished, Correction(scales=scales), done.append)
     assert done[-1] == 1.0 and done == sorted(done)
     path = written(tmp_path, source, types, finished)
     after = llama_cpp_logits(path, TOKENS)
@@ -132,7 +104,8 @@ def test_what_is_finished_is_not_done_again(
             if stop_after is not None and done >= stop_after / source.shape.num_layers:
                 raise KeyboardInterrupt
 
-        correct(source, types, streamed(source), TEXTS, rows, finished, how, progress)
+        forms = ggml_forms(types.values(), rows)
+        correct(source, types, streamed(source), TEXTS, forms, finished, how, progress)
         return finished
 
     whole = run("whole", {"job": 1})

@@ -9,6 +9,7 @@ import pytest
 
 from edgeinfer.backend import RowQuantizer
 from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output_error
+from edgeinfer.quantize.forms import GgmlForm
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.ggml_grids import GRIDS, pack, unpack
 
@@ -46,7 +47,7 @@ def test_outputs_change_less_than_with_weighted_rounding(
 ) -> None:
     weighted = numbers(name, rows.quantize(name, weight, np.diag(moment).copy()))
     feedback = Feedback(moment, FeedbackSettings(shrinkage=0.0))
-    blocks = feedback.quantize(weight, name, rows)
+    blocks = feedback.quantize(weight, GgmlForm(name, rows))
     assert np.array_equal(pack(name, unpack(name, blocks)), blocks)  # a plain tensor of that type
     found = output_error(weight, numbers(name, blocks), moment)
     assert found < 0.7 * output_error(weight, weighted, moment)
@@ -59,7 +60,7 @@ def test_each_sweep_lowers_the_error(
     errors = []
     for sweeps in range(4):
         settings = FeedbackSettings(shrinkage=0.0, damping=1e-4, sweeps=sweeps)
-        blocks = Feedback(moment, settings).quantize(weight, name, rows)
+        blocks = Feedback(moment, settings).quantize(weight, GgmlForm(name, rows))
         errors.append(output_error(weight, numbers(name, blocks), moment))
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < errors[0]
@@ -69,7 +70,7 @@ def test_numbers_that_lie_on_the_grid_stay(rows: RowQuantizer, moment: np.ndarra
     random = np.random.default_rng(5).standard_normal((ROWS, WIDTH)).astype(np.float32)
     blocks = rows.quantize("Q8_0", random)
     on_grid = numbers("Q8_0", blocks)
-    found = Feedback(moment).quantize(on_grid, "Q8_0", rows)
+    found = Feedback(moment).quantize(on_grid, GgmlForm("Q8_0", rows))
     assert output_error(on_grid, numbers("Q8_0", found), moment) < 1e-7
 
 
@@ -80,7 +81,7 @@ def test_little_calibration_is_no_error(seen: str, rows: RowQuantizer, weight: n
         moment = np.outer(weight[0], weight[0])
     elif seen == "half of the columns":
         moment[np.diag_indices(WIDTH // 2)] = 1.0
-    found = numbers("Q4_0", Feedback(moment).quantize(weight, "Q4_0", rows))
+    found = numbers("Q4_0", Feedback(moment).quantize(weight, GgmlForm("Q4_0", rows)))
     plain = numbers("Q4_0", rows.quantize("Q4_0", weight))
     assert np.isfinite(found).all()
     assert np.square(found - weight).sum() < 30 * np.square(plain - weight).sum()
@@ -88,5 +89,5 @@ def test_little_calibration_is_no_error(seen: str, rows: RowQuantizer, weight: n
 
 def test_rows_of_zeros_stay_zeros(rows: RowQuantizer, moment: np.ndarray) -> None:
     for name in GRIDS:
-        blocks = Feedback(moment).quantize(np.zeros((4, WIDTH), np.float32), name, rows)
+        blocks = Feedback(moment).quantize(np.zeros((4, WIDTH), np.float32), GgmlForm(name, rows))
         assert not numbers(name, blocks).any(), name

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 KINDS: tuple[Kind, ...] = ("int8", "int4", "fp8")
 GROUPS = (32, 64, 128)  # of int4
-_BITS = {"int8": 8, "int4": 4, "fp8": 8}
-_ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
+ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
 _PART_WEIGHTS = 2**20  # rounded at a time
 
 
@@ -56,7 +56,7 @@ def compressed_pieces(
             if not is_packed(rule, kind, group):
                 pieces.append(plain_piece(model.source, rule, (name,), dtype))
                 continue
-            shared = group if kind == "int4" else rule.shape[1]
+            shared = group_of(rule, kind, group)
             rounds = encode or nearest(kind, shared, dtype)
             pieces.append(_packed_piece(model.source, rule, name, kind, shared, dtype, rounds))
     return pieces
@@ -90,16 +90,21 @@ def write_compressed(
 
 
 def is_packed(rule: TensorRule, kind: Kind, group: int) -> bool:
-    if len(rule.shape) != 2 or rule.layer < 0 or rule.hf[0].endswith(_ROUTERS):
+    if len(rule.shape) != 2 or rule.layer < 0 or rule.hf[0].endswith(ROUTERS):
         return False
     unit = {"int4": group, "int8": WORD_BITS // 8, "fp8": 1}[kind]
     return rule.shape[1] % unit == 0
 
 
+def group_of(rule: TensorRule, kind: Kind, group: int) -> int:
+    """Entries of a row of that matrix that share a scale."""
+    return group if kind == "int4" else rule.shape[1]
+
+
 def _quantization(kind: Kind, group: int, ignored: list[str]) -> dict[str, Any]:
     of_floats = kind == "fp8"
     weights: dict[str, Any] = {
-        "num_bits": _BITS[kind],
+        "num_bits": BITS[kind],
         "type": "float" if of_floats else "int",
         "symmetric": True,
         "strategy": "group" if kind == "int4" else "channel",
@@ -138,7 +143,7 @@ def _packed_piece(
     rows, width = rule.shape
     tensors: tuple[StoredTensor, ...]
     scales = StoredTensor(f"{name}_scale", dtype, (rows, width // group))
-    bits = _BITS[kind]
+    bits = BITS[kind]
     if kind != "fp8":
         tensors = (
             StoredTensor(f"{name}_packed", "I32", (rows, width * bits // WORD_BITS)),

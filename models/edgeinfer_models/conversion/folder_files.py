@@ -98,7 +98,9 @@ def write_folder(
 def require_free(folder: Path) -> None:
     """Raises UsageError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: is there already and not empty; -o gives another name")
+        raise UsageError(
+            f"{folder}: is there already and not empty; no folder is replaced, -o gives another name"
+        )
 
 
 def _written(file: IO[bytes], start: int, piece: Piece) -> Iterator[int]:

@@ -79,14 +79,12 @@ def mlx_pieces(
     for rule in rules:
         for stem, names in _modules(rule):
             stored = f"{stem}.weight" if rule.is_stack else ""
-            bits, group = (0, 0)
-            if packing is not None and _is_packed(rule, packing.group):
-                bits, group = packing.own.get(stem, (packing.bits, packing.group))
-            if not bits or rule.shape[-1] % group:
+            packed = None if packing is None else packed_as(rule, packing)
+            if packed is None:
                 pieces.append(plain_piece(model.source, rule, names, dtype, stored))
                 continue
-            encode = rounding(bits, group)
-            pieces.append(_packed_piece(model.source, rule, stem, names, bits, group, dtype, encode))
+            encode = rounding(*packed)
+            pieces.append(_packed_piece(model.source, rule, stem, names, *packed, dtype, encode))
     return pieces
 
 
@@ -124,6 +122,15 @@ def _modules(rule: TensorRule) -> Iterator[tuple[str, tuple[str, ...]]]:
     room, _, rest = rule.hf[0].partition(".experts.0.")
     which = rest.removesuffix(".weight")
     yield f"{room}.{STACKED}.{_HUGGING_FACE_NAMES.get(which, which)}", rule.hf
+
+
+def packed_as(rule: TensorRule, packing: MlxPacking) -> tuple[int, int] | None:
+    """Bits and group of its matrices; None: they stay plain."""
+    if not _is_packed(rule, packing.group):
+        return None
+    stem, _ = next(_modules(rule))  # a rule is one module
+    bits, group = packing.own.get(stem, (packing.bits, packing.group))
+    return None if rule.shape[-1] % group else (bits, group)
 
 
 def _is_packed(rule: TensorRule, group: int) -> bool:
