@@ -38,7 +38,7 @@ def write_folder(
     wanted: FileOptions,
 ) -> None:
     """path: of the model. wanted: of it what folders have."""
-    from edgeinfer.cli.long_work import Clock, say_what_is_kept
+    from edgeinfer.cli.long_work import Clock, long_work
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.quantize.fitted_folder import method_of_folder
     from edgeinfer.quantize.folders import FolderOptions, plan_folder
@@ -52,14 +52,8 @@ def write_folder(
     text = None if wanted.calibration is None else Path(wanted.calibration).expanduser()
     method, notes = method_of_folder(plan, wanted.method, text)
     status = StatusLine(enabled=not wanted.quiet)
-    try:
+    with long_work(plan.out, status, quiet=wanted.quiet):
         notes += _made(plan, method, text, wanted.calibration_tokens, Clock(status).show)
-    except KeyboardInterrupt:
-        status.close()
-        say_what_is_kept(plan.out, quiet=wanted.quiet)
-        raise
-    finally:
-        status.close()
     _tell(plan, method, (*plan.notes, *notes), wanted)
 
 

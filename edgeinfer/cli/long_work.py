@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +33,27 @@ class Clock:
         self._status.show(f"{what} … {done:.0%}{left}")
 
 
-def say_what_is_kept(out: Path | None, *, quiet: bool) -> None:
-    """Of a result that was interrupted."""
+@contextmanager
+def long_work(out: Path, status: StatusLine, *, quiet: bool) -> Iterator[None]:
+    """For as long as `out` is being made. Where that is cut short, what is kept of it is said, and what
+    the system says of a disk (that it is full, say) gets the name of what was written there."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as problem:
+        status.close()
+        if isinstance(problem, OSError) and problem.filename is None:
+            problem.filename = str(out)
+        _say_what_is_kept(out, quiet=quiet)
+        raise
+    finally:
+        status.close()
+
+
+def _say_what_is_kept(out: Path, *, quiet: bool) -> None:
     from edgeinfer.quantize.calibrated import work_folder
 
-    folder = work_folder(out) if out is not None else None
-    if folder is not None and folder.is_dir() and not quiet:
+    folder = work_folder(out)
+    if folder.is_dir() and not quiet:
         sys.stderr.write(
             f"edgeinfer: what is finished is kept in {folder}; the same command goes on from there\n"
         )

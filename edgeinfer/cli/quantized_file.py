@@ -92,7 +92,7 @@ class FileOptions:
 
 def write_file(path: Path, output: str | None, type_name: str | None, wanted: FileOptions) -> None:
     """path: a folder of safetensors or a GGUF file. type_name: of TYPES; None: auto."""
-    from edgeinfer.cli.long_work import Clock, say_what_is_kept
+    from edgeinfer.cli.long_work import Clock, long_work
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.quantize.prepared import forget_finished, prepare, write
 
@@ -118,23 +118,20 @@ def write_file(path: Path, output: str | None, type_name: str | None, wanted: Fi
     request = _request(path, output, type_name or BUDGET_TYPE, wanted)
     status = StatusLine(enabled=not wanted.quiet)
     show = Clock(status).show
-    try:
-        with prepare(path, request, show) as ready:
-            status.clear()
-            for note in () if wanted.quiet else ready.notes:
-                sys.stderr.write(f"edgeinfer: {note}\n")
-            report = None
-            if wanted.measures:
-                report = _measured(path, ready, wanted, show)
-            else:
-                write(ready, show)
-            forget_finished(ready)
-    except KeyboardInterrupt:
-        status.close()
-        say_what_is_kept(request.out, quiet=wanted.quiet)
-        raise
-    finally:
-        status.close()
+    assert request.out is not None  # noqa: S101 (`_request` always says where)
+    with (
+        long_work(request.out, status, quiet=wanted.quiet),
+        prepare(path, request, show) as ready,
+    ):
+        status.clear()
+        for note in () if wanted.quiet else ready.notes:
+            sys.stderr.write(f"edgeinfer: {note}\n")
+        report = None
+        if wanted.measures:
+            report = _measured(path, ready, wanted, show)
+        else:
+            write(ready, show)
+        forget_finished(ready)
     _tell(ready, type_name or BUDGET_TYPE, report, chosen, wanted)
 
 
