@@ -84,7 +84,7 @@ def answer(path: Path) -> str:
     """What llama-cli says."""
     command = [
         peer("llama-cli"), "-m", path, "-p", QUESTION, "-st", "--simple-io", "-n", 24, "--temp", 0,
-        "-t", 2, "-c", 512, "--no-warmup", "--log-verbosity", 0,
+        "-t", 1, "-c", 512, "--no-warmup", "--log-verbosity", 0,
     ]  # fmt: skip
     done = subprocess.run(
         [str(each) for each in command], stdin=subprocess.DEVNULL, capture_output=True, timeout=300
