@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +67,8 @@ def test_qat_goes_on_from_where_it_was_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "_KEPT_EVERY_S", 0.0)
+    clock = itertools.count(0.0, 0.5)  # half a second a step: the test's pace is not the machine's
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out, work = tmp_path / "out.gguf", tmp_path / "out.gguf.unfinished"
     request = Request("q4_0", "qat", out, calibration_tokens=2048, minutes=0.1)
 
