@@ -12,8 +12,7 @@ from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output
 from edgeinfer.quantize.forms import GgmlForm
 from edgeinfer.registry import get_backend
 from edgeinfer_models.conversion.ggml_grids import GRIDS, pack, unpack
-
-ROWS, WIDTH = 24, 256
+from tests.quantize.conftest import ROWS, WIDTH
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +20,6 @@ def rows() -> Iterator[RowQuantizer]:
     found = get_backend("llamacpp").row_quantizer(1)
     yield found
     found.close()
-
-
-@pytest.fixture(scope="module")
-def weight() -> np.ndarray:
-    return np.random.default_rng(3).standard_normal((ROWS, WIDTH)).astype(np.float32) * 0.05
-
-
-@pytest.fixture(scope="module")
-def moment() -> np.ndarray:
-    """Of inputs whose columns go together, and are of very different sizes."""
-    random = np.random.default_rng(4)
-    inputs = random.standard_normal((3000, WIDTH)) @ random.standard_normal((WIDTH, WIDTH))
-    inputs *= np.exp(random.standard_normal(WIDTH))
-    return (inputs.T @ inputs / len(inputs)).astype(np.float32)
 
 
 def numbers(name: str, blocks: np.ndarray) -> np.ndarray:

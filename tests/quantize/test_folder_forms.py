@@ -9,8 +9,8 @@ from edgeinfer.quantize.error_feedback import Feedback, FeedbackSettings, output
 from edgeinfer.quantize.folder_forms import FolderForm, Layout
 from edgeinfer_models.conversion import affine, symmetric
 from edgeinfer_models.conversion.floats import from_float32, to_float32
+from tests.quantize.conftest import ROWS, WIDTH
 
-ROWS, WIDTH = 24, 256
 FORMS = [
     pytest.param(layout, bits, group, dtype, id=f"{layout} {bits} {group} {dtype}")
     for layout, bits, group, dtype in (
@@ -23,20 +23,6 @@ FORMS = [
         ("compressed", 8, WIDTH, "F32"),
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def weight() -> np.ndarray:
-    return np.random.default_rng(3).standard_normal((ROWS, WIDTH)).astype(np.float32) * 0.05
-
-
-@pytest.fixture(scope="module")
-def moment() -> np.ndarray:
-    """Of inputs whose columns go together, and are of very different sizes."""
-    random = np.random.default_rng(4)
-    inputs = random.standard_normal((3000, WIDTH)) @ random.standard_normal((WIDTH, WIDTH))
-    inputs *= np.exp(random.standard_normal(WIDTH))
-    return (inputs.T @ inputs / len(inputs)).astype(np.float32)
 
 
 def to_nearest(layout: Layout, bits: int, group: int, dtype: str, weight: np.ndarray) -> np.ndarray:
