@@ -164,6 +164,11 @@ class SequenceStep:
     tokens: Sequence[int]
     logits: LogitRows = "last"
 
+    @property
+    def num_rows(self) -> int:
+        """Of logits."""
+        return {"none": 0, "last": 1, "all": len(self.tokens)}[self.logits]
+
 
 @dataclass(frozen=True)
 class Step:

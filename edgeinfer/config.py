@@ -39,6 +39,7 @@ KEYS: Mapping[str, Kind] = {
     "window": "whole",
     "sinks": "whole",
     "eviction": "text",
+    "speculate": "text",
     "load-as": "text",
     "compile": "switch",
     "overflow": "text",

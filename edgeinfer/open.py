@@ -11,6 +11,7 @@ from edgeinfer.backend import LoadAs, MemoryItem, RuntimeSettings
 from edgeinfer.backend_choice import AUTO, choose_backend
 from edgeinfer.engine.disk_cache import prompts_folder
 from edgeinfer.engine.process import LoadCommand
+from edgeinfer.engine.speculation import Speculate
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
 from edgeinfer.errors import UsageError
 from edgeinfer.machine.cost_store import costs_folder
@@ -54,6 +55,7 @@ class OpenOptions:
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
     eviction: Eviction = "streaming"  # what leaves
+    speculate: Speculate = "auto"  # who guesses tokens that the model then checks
     load_as: LoadAs = "auto"  # in what weights are held, where a backend can choose
     compiled: bool = False  # compile a step, where a backend can
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -151,6 +153,7 @@ def plan_open(
         window=options.window,
         sinks=options.sinks,
         eviction=options.eviction,
+        speculate=options.speculate,
         costs_folder=str(costs_folder()),
         tunes_threads=not (options.threads or options.threads_batch),
     )
@@ -179,6 +182,7 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
         cache_folder=str(prompts_folder(options.cache_dir)),
         window=options.window,
         sinks=options.sinks,
+        speculate=options.speculate,
     )
     template = TemplateSource(FALLBACKS["chatml"], "fallback", bos="", eos="<|im_end|>", name="chatml")
     return OpenPlan(files.name, "", command, template, tuple(_sinks_warnings(options)))

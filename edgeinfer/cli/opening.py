@@ -39,6 +39,7 @@ def open_options(
     window: int | None = None,
     sinks: int = 4,
     eviction: str = "streaming",
+    speculate: str = "auto",
     load_as: str = "auto",
     compile: bool = False,
     cache_ram: str,
@@ -47,6 +48,7 @@ def open_options(
     no_cache: bool = False,
 ) -> OpenOptions:
     """Raises UsageError naming the option that cannot be right."""
+    from edgeinfer.engine.speculation import SPECULATE
     from edgeinfer.open import OpenOptions
 
     for option, name in (
@@ -73,6 +75,7 @@ def open_options(
         window=window,
         sinks=sinks,
         eviction=_one_of("--eviction", eviction, EVICTIONS),
+        speculate=_one_of("--speculate", speculate, SPECULATE),
         load_as=_one_of("--load-as", load_as, LOAD_AS),
         compiled=compile,
         cache_bytes=0 if no_cache else parse_size("--cache-ram", cache_ram),
@@ -84,7 +87,7 @@ def open_options(
 # What only the one who loads a model can choose.
 _LOADING = (
     *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
-    *("window", "sinks", "eviction", "load_as", "compile", "overflow"),
+    *("window", "sinks", "eviction", "speculate", "load_as", "compile", "overflow"),
     *("cache_disk", "cache_dir", "no_cache"),
 )
 

@@ -163,6 +163,16 @@ Eviction = Annotated[
         _MODEL,
     ),
 ]
+Speculate = Annotated[
+    str,
+    _option(
+        "speculate",
+        "Guess the next tokens and check several in one step, where that is measured to be faster; the"
+        " answer stays what it is. lookup: copied from the conversation; auto: whatever there is; off.",
+        "HOW",
+        _MODEL,
+    ),
+]
 LoadAs = Annotated[
     str,
     _option(

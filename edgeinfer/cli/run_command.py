@@ -43,6 +43,7 @@ def run(
     window: options.Window = None,
     sinks: options.Sinks = 4,
     eviction: options.Eviction = "streaming",
+    speculate: options.Speculate = "auto",
     load_as: options.LoadAs = "auto",
     compile: options.Compile = False,
     overflow: options.Overflow = "stop",
@@ -103,6 +104,7 @@ def run(
         window=window,
         sinks=sinks,
         eviction=eviction,
+        speculate=speculate,
         load_as=load_as,
         compile=compile,
         cache_ram=cache_ram,
@@ -245,6 +247,8 @@ def summary(stats: RunStats, info: ModelInfo) -> str:
     rates = f"first token after {timings.ttft_s:.2f} s" if timings.ttft_s else "no token"
     if timings.decode_tok_s:
         rates += f", then {timings.decode_tok_s:.0f} tok/s"
+    if stats.speculation.steps:
+        rates += f" ({stats.speculation.speedup:.1f}x by {stats.speculation.mode})"
     ending = {"stop": "", "length": "; cut at its length limit", "cancelled": "; stopped"}
     return (
         f"[{stats.model} on {stats.backend}/{info.device}: {usage.prompt_tokens} prompt tokens{cached},"

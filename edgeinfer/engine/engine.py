@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgeinfer.backend import Runtime, Sampler, SequenceStep, Step
+from edgeinfer.backend import LogitRows, Runtime, Sampler, SequenceStep, Step
 from edgeinfer.engine.conversations import Conversations
 from edgeinfer.engine.detokenizer import Detokenizer
 from edgeinfer.engine.disk_cache import DiskCache
@@ -37,6 +37,7 @@ from edgeinfer.engine.request import (
     Outcome,
     Request,
     RunStats,
+    SpeculationStats,
     Started,
     Timings,
     TokenLogprob,
@@ -44,6 +45,7 @@ from edgeinfer.engine.request import (
 )
 from edgeinfer.engine.scheduler import Demand, Limits, plan
 from edgeinfer.engine.sequence import PromptEnd, RunningRequest
+from edgeinfer.engine.speculation import Speculation
 from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.engine.window import Window
 from edgeinfer.errors import (
@@ -72,6 +74,7 @@ LEAST_TELLING = 32  # tokens of a step from which on its time tells how long a p
 CLOSED_EARLY = (
     "the answer was brought to its end within its limit of tokens; a larger one lets it say more"
 )
+HELD_STEPS = 64  # without drafts, where one found no cells
 BUSY = "other programs keep the processor busy: fewer threads answered for a while"
 MOST_TELL_STRETCH = 3.0  # from six streams on; ten times a second still reads as a stream
 
@@ -82,10 +85,9 @@ def _step_of(chosen: Sequence[tuple[RunningRequest, int]]) -> Step:
     parts = []
     for running, count in chosen:
         assert running.handle is not None
-        last = running.num_computed + count == len(running.tokens)
-        parts.append(
-            SequenceStep(running.handle, running.next_tokens(count), "last" if last else "none")
-        )
+        end = running.num_computed + count - len(running.tokens)
+        rows: LogitRows = "none" if end < 0 else "last" if end == 0 else "all"
+        parts.append(SequenceStep(running.handle, running.next_tokens(count), rows))
     return Step(parts)
 
 
@@ -112,6 +114,8 @@ class Engine:
         window: Window | None = None,
         tell_interval_s: float = 0.0,
         tuner: Tuner | None = None,
+        speculation: Speculation | None = None,
+        no_speculation: str = "none",
     ) -> None:
         """max_running: requests that run at once. cache_bytes: host memory for idle conversations. disk:
         where they survive the process.
@@ -121,6 +125,7 @@ class Engine:
         everything the engine needs has left the processor's caches for the weights: doing it for five
         tokens at once costs little more than for one.)
         tuner: chooses every step's threads and padding; None leaves them as the runtime was loaded.
+        speculation: drafts; None: none, and `no_speculation` says why.
         """
         self.runtime = runtime
         self.model = model
@@ -139,6 +144,9 @@ class Engine:
         self._tuner = tuner
         self._choice = Choice(0)
         self._shape = (0, 0, 0)  # of the last step: tokens, rows of logits, longest context
+        self._speculation = speculation
+        self._no_speculation = SpeculationStats(reason=no_speculation)
+        self._overrun: dict[int, int] = {}  # sequences with tokens that were not accepted: true length
         self._turns: dict[str, int] = {}  # of those who wait, by who asks: when each had one last
         self._num_embedding = 0  # of the running requests, those for an embedding
         self._last_was_embedding = False
@@ -291,16 +299,21 @@ class Engine:
                 self._events += self._end(running, "failed", "stop", error)
 
     def _plan(self) -> list[tuple[RunningRequest, int]]:
+        if self._speculation is not None:
+            self._draft(self._speculation)
         if len(self._running) == 1 and not self._running[0].prompt_left:
             self._last_was_large = False
-            return [(self._running[0], 1)]  # nothing to plan: the path of every token of a lone answer
+            alone = self._running[0]
+            return [
+                (alone, 1 + len(alone.draft))
+            ]  # nothing to plan: the path of every token of a lone answer
         facts = self.runtime.facts
         # Private cells are computed sequence by sequence: a step of many small pieces is small for all.
         most = facts.max_step_tokens
         small = most if facts.kv_layout == "private" else max(facts.stable_chunk_tokens - 1, 1)
         limits = Limits(most, facts.stable_chunk_tokens, small, self._prefill_slice())
         demands = [
-            Demand(r.key, 0 if r.prompt_left else 1, r.prompt_left)
+            Demand(r.key, 0 if r.prompt_left else 1 + len(r.draft), r.prompt_left)
             for r in self._running
             if not r.request.embedding
         ]
@@ -312,6 +325,15 @@ class Engine:
             served = {key for key, _ in planned.parts}
             self._running.sort(key=lambda r: r.key in served)
         return [(by_key[key], tokens) for key, tokens in planned.parts]
+
+    def _draft(self, speculation: Speculation) -> None:
+        """What each request's step checks. Where a prompt is read, or nothing was answered yet, steps
+        are as they are."""
+        if all(running.is_decoding and not running.prompt_left for running in self._running):
+            speculation.choose(self._running)
+            return
+        for running in self._running:
+            running.draft = ()
 
     def reads_within(self, seconds: float) -> bool:
         """Whether the prompts of those who run are sure to be read in that time."""
@@ -334,9 +356,11 @@ class Engine:
 
     def _forward(self, chosen: list[tuple[RunningRequest, int]]) -> None:
         step = _step_of(chosen)
-        tuner = self._tuner
-        if tuner is not None and tuner.leaves_decode_alone and self._is_lone_decode(chosen):
-            tuner = None
+        tuner, speculation = self._tuner, self._speculation
+        # (What a lone token costs is to be known where drafts are weighed against it.)
+        if tuner is not None and tuner.leaves_decode_alone and speculation is None:
+            tuner = None if self._is_lone_decode(chosen) else tuner
+        is_checking = any(running.draft for running, _ in chosen)
         if tuner is not None:
             step = self._tune(tuner, step, chosen)
         begin = time.perf_counter()
@@ -345,6 +369,9 @@ class Engine:
         except StepAborted:
             return  # somebody cancelled: nothing was kept, the next plan is without them
         except OutOfCells:
+            if speculation is not None and is_checking:
+                speculation.hold(HELD_STEPS)
+                return
             if self.conversations.release_oldest():
                 return
             victim = max(chosen, key=lambda item: item[0].admitted)[0]
@@ -358,9 +385,13 @@ class Engine:
         seconds = time.perf_counter() - begin
         if tuner is not None:
             tuner.observe(self._choice, *self._shape, seconds)
-        if step.num_tokens >= LEAST_TELLING:
+        if step.num_tokens >= LEAST_TELLING and not is_checking:
             self._learn_rate(seconds, step.num_tokens)
+        before = {running.key: running.num_answered for running, _ in chosen} if is_checking else {}
         for index, (running, count) in enumerate(chosen):
+            if running.draft:
+                self._check(running, result.starts[index])
+                continue
             prefilling = running.prompt_left > 0
             running.num_computed += count
             if result.counts[index]:
@@ -370,6 +401,30 @@ class Engine:
                 self._sample(running, result.starts[index])
             elif prefilling and not running.is_decoding:
                 self._events.append((running.key, running.prefilled()))
+        if speculation is not None and is_checking:
+            brought = {running.key: running.num_answered - before[running.key] for running, _ in chosen}
+            speculation.took(brought, time.perf_counter() - begin)
+        overrun, self._overrun = self._overrun, {}
+        for handle, length in overrun.items():  # now that nobody's rows are read any more
+            self.runtime.rewind(handle, length)
+
+    def _check(self, running: RunningRequest, first_row: int) -> None:
+        """Say what the model says after each token of a draft, as long as that is the draft's next."""
+        assert self._speculation is not None and running.handle is not None
+        handle, drafted, running.draft = running.handle, running.draft, ()
+        self._speculation.checks(running, len(drafted))
+        for number in range(1 + len(drafted)):
+            running.num_computed += 1
+            self._overrun[handle] = running.num_computed
+            self._sample(running, first_row + number)
+            if running.handle is None:  # it ended, and its cells may be gone
+                return
+            if number == len(drafted):
+                del self._overrun[handle]
+            elif running.tokens[-1] != drafted[number]:
+                return
+            else:
+                self._speculation.accepts(running)
 
     def _repeats(self, running: RunningRequest, count: int) -> bool:
         """Whether a prompt's logits, of a last piece of `count` tokens, are those it would have again if
@@ -420,7 +475,7 @@ class Engine:
         if self._is_lone_decode(chosen):
             self._shape = (1, 1, chosen[0][0].num_computed)
         else:
-            rows = sum(part.logits != "none" for part in step.parts)
+            rows = sum(part.num_rows for part in step.parts)
             context = max(running.num_computed + count for running, count in chosen)
             self._shape = (step.num_tokens, rows, context)
         most = facts.max_step_tokens
@@ -581,6 +636,7 @@ class Engine:
                     stats.cache.pinned_tokens = self.conversations.pin(running)
                     stats.warnings += self.conversations.take_problems()
             else:
+                self._overrun.pop(running.handle, None)
                 self.runtime.free(running.handle)
                 running.handle = None
         if error is not None:
@@ -604,6 +660,7 @@ class Engine:
             finish_reason=reason,
             usage=Usage(len(running.prompt), answered, running.num_cached),
             timings=timings,
+            speculation=self._speculation.end(running) if self._speculation else self._no_speculation,
             kv=KvStats(
                 facts.kv_type_k,
                 facts.kv_type_v,

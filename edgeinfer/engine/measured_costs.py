@@ -39,7 +39,10 @@ class MeasuredCosts:
         folder: Path,
         load_s: float,
         options: Mapping[str, str] | None = None,
+        *,
+        tunes_threads: bool = True,
     ) -> None:
+        """tunes_threads: False: the runtime keeps its threads, and only they are measured."""
         self._begin = time.perf_counter()
         facts = runtime.facts
         self._runtime = runtime
@@ -52,7 +55,9 @@ class MeasuredCosts:
         }
         self.costs = load_costs(folder, self._conditions) or StepCosts()
         self._num_stored = len(self.costs)
-        candidates = thread_candidates(probe_machine().physical_cores)
+        candidates: tuple[int, ...] = (facts.threads,)
+        if tunes_threads:
+            candidates = thread_candidates(probe_machine().physical_cores)
         default = (facts.threads, facts.threads_batch)
         self.tuner = Tuner(self.costs, candidates, default, CoreUse().free_cores)
         self.budget_s = max(LEAST_BUDGET_S, SHARE_OF_LOAD * load_s)

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.engine.request import Event, Request
+from edgeinfer.engine.speculation import Speculate
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
 from edgeinfer.engine.wire import encoded, event_from_wire, receive, request_to_wire
 from edgeinfer.errors import EdgeInferError, RequestFailed, WorkerDied, error_from_wire
@@ -52,6 +53,7 @@ class LoadCommand:
     window: int | None = None  # tokens that the model sees at once; None: the whole context
     sinks: int = DEFAULT_SINKS
     eviction: Eviction = "streaming"
+    speculate: Speculate = "auto"
     cache_disk_bytes: int = 0
     cache_folder: str = ""  # of the prompt cache on disk
     costs_folder: str = ""  # of what was measured of this machine; "": nothing is
@@ -149,6 +151,7 @@ class EngineProcess:
                 "window": command.window,
                 "sinks": command.sinks,
                 "eviction": command.eviction,
+                "speculate": command.speculate,
                 "costs_folder": command.costs_folder,
                 "tunes_threads": command.tunes_threads,
             }

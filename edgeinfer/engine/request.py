@@ -111,11 +111,16 @@ class Timings:
 
 @dataclass
 class SpeculationStats:
+    """mode: who guessed tokens: "lookup", or "none". steps: those that checked a draft. reason: why none
+    did, or "none". speedup: how many times faster the answer was decoded than it would have been without
+    drafts, by what steps without them cost."""
+
     mode: str = "none"
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
     reason: str = "none"
+    speedup: float = 1.0
 
 
 @dataclass

@@ -66,6 +66,7 @@ class RunningRequest:
     admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
+    draft: Tokens[int] = ()  # what the next step checks
     hidden_sum: list[float] = field(default_factory=list)  # of an embedding's tokens so far
     warnings: list[str] = field(default_factory=list)
     has_own_end: bool = False  # that no end token says: stop strings, or a grammar's
@@ -144,7 +145,8 @@ class RunningRequest:
         return Prefilled(len(self.prompt) - self.prompt_left, len(self.prompt))
 
     def next_tokens(self, count: int) -> list[int]:
-        return self.tokens[self.num_computed : self.num_computed + count]
+        found = self.tokens[self.num_computed : self.num_computed + count]
+        return found if len(found) == count else [*found, *self.draft]
 
     def decode_step(self) -> Step:
         """The step of this request's newest token alone. The same object each time, with the token put

@@ -157,6 +157,22 @@ class Tuner:
         seconds = self.costs.known(StepClass.of(threads, PREFILL_TOKENS, 0, context))
         return None if seconds is None else seconds * self._paces[True].slow.get(threads, 1.0)
 
+    def step_seconds(self, tokens: int, context: int) -> float | None:
+        """Of a step of so many tokens with logits for all, with the threads and the padding it would
+        have; None where no such step was measured."""
+        slow = self._paces[False].slow
+        found: list[float] = []
+        for threads in self.candidates:
+            now = StepClass.of(threads, 1, 1, context)
+            for size in padded_sizes(tokens, TILE, PREFILL_TOKENS - 1):
+                known = self.costs.known_at(StepClass.of(threads, size, size, context))
+                if known is None and size != tokens:
+                    known = self.costs.known_at(StepClass.of(threads, size, tokens, context))
+                if known is not None:
+                    grown = self.costs.growth(now, known[1]) if known[1] < now.context else 1.0
+                    found.append(known[0] * grown * slow.get(threads, 1.0))
+        return min(found, default=None)
+
     def _choose_small(self, tokens: int, rows: int, context: int, most: int) -> Choice:
         slow = self._paces[False].slow
         # A choice that was last measured with a shorter context is compared as if its cost had grown

@@ -35,6 +35,7 @@ from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import load_fitted, report_memory
 from edgeinfer.engine.request import Ended, Queued, RunStats, Started
+from edgeinfer.engine.speculation import Speculation, impossible
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.window import Window
 from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
@@ -213,27 +214,39 @@ class Worker:
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
         tuner: Tuner | None = None
-        if folder is not None and command["tunes_threads"] and runtime.facts.can.threads:
-            options = {"gpu_layers": str(fit.settings.gpu_layers)}
-            self._costs = MeasuredCosts(runtime, folder, time.perf_counter() - begin, options)
+        if folder is not None and runtime.facts.can.threads:
+            self._costs = MeasuredCosts(
+                runtime,
+                folder,
+                time.perf_counter() - begin,
+                {"gpu_layers": str(fit.settings.gpu_layers)},
+                tunes_threads=command["tunes_threads"],
+            )
             self._costs.measure_first()
             tuner = self._costs.tuner
         elif runtime.facts.can.threads:
             tuner = Tuner.of_padding(runtime.facts.threads, runtime.facts.threads_batch)
+        window = Window.of(
+            runtime.facts.context,
+            command["window"],
+            command["sinks"],
+            command["eviction"] if runtime.facts.can.heavy_hitters else "streaming",
+        )
+        no_speculation = impossible(command["speculate"], runtime.facts, window, tuner)
+        speculation: Speculation | None = None
+        if tuner is not None and not no_speculation:
+            speculation = Speculation.of(runtime.facts, window, tuner)
         self._engine = Engine(
             runtime,
             model=files.name,
             max_running=command["max_running"],
             cache_bytes=fit.cache_bytes,
             disk=self._disk(command, runtime),
-            window=Window.of(
-                runtime.facts.context,
-                command["window"],
-                command["sinks"],
-                command["eviction"] if runtime.facts.can.heavy_hitters else "streaming",
-            ),
+            window=window,
             tell_interval_s=TELL_INTERVAL_S,
             tuner=tuner,
+            speculation=speculation,
+            no_speculation=no_speculation or "none",
         )
         # What is here now stays; a full collection in the middle of an answer need not look at it.
         gc.collect()

@@ -6,7 +6,7 @@ from chat_driver import Drive
 from fake_client import FakeClient, Script
 
 from edgeinfer.client import Ended, Prefilled, RunStats, Started, Text
-from edgeinfer.engine.request import KvStats, Timings, Usage
+from edgeinfer.engine.request import KvStats, SpeculationStats, Timings, Usage
 from edgeinfer_tui.figures import Figures
 from edgeinfer_tui.status_line import status_content
 
@@ -77,6 +77,18 @@ def test_evicted_tokens_no_longer_count_as_used() -> None:
     )
     figures.observe(Ended("finished", stats), 2.0)
     assert figures.used_tokens == 1500
+
+
+def test_what_drafts_brought_an_answer_is_told_until_the_next_is_asked_for() -> None:
+    figures = Figures(state="ready", context=2048)
+    figures.asked(1.0)
+    stats = RunStats(
+        speculation=SpeculationStats("lookup", drafted=60, accepted=42, steps=9, speedup=1.84)
+    )
+    figures.observe(Ended("finished", stats), 2.0)
+    assert "1.8x by lookup" in str(status_content(figures, 100))
+    figures.asked(3.0)
+    assert "lookup" not in str(status_content(figures, 100))
 
 
 def test_a_narrow_line_keeps_the_state_and_never_overflows() -> None:

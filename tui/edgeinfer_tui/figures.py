@@ -26,6 +26,7 @@ class Figures:
     used_tokens: int | None = None
     cached_tokens: int = 0
     evicted_tokens: int = 0
+    drafts: str = ""  # what they brought the last answer
 
     _started_at: float = 0.0
     _prompt_tokens: int = 0
@@ -39,6 +40,7 @@ class Figures:
         """A request goes out; the last one's rates are not this one's."""
         self.state, self.prompt_percent = "reading", 0
         self.tok_s = self.ttft_s = None
+        self.drafts = ""
         self._started_at, self._first = at, None
 
     def forget(self) -> None:
@@ -46,6 +48,7 @@ class Figures:
         self.state = "ready"
         self.tok_s = self.ttft_s = self.used_tokens = None
         self.cached_tokens = self.evicted_tokens = 0
+        self.drafts = ""
 
     def observe(self, event: Event, at: float) -> None:
         """Take in an event that arrived at time `at`, in seconds of the clock `asked` was told."""
@@ -88,6 +91,8 @@ class Figures:
             self.tok_s = stats.timings.decode_tok_s
         if stats.timings.ttft_s > 0:
             self.ttft_s = stats.timings.ttft_s
+        if stats.speculation.steps:
+            self.drafts = f"{stats.speculation.speedup:.1f}x by {stats.speculation.mode}"
         if stats.usage.prompt_tokens:
             self.cached_tokens = stats.usage.cached_tokens
             total = stats.usage.prompt_tokens + stats.usage.completion_tokens

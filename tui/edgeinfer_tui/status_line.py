@@ -75,6 +75,8 @@ def _figure_texts(figures: Figures) -> list[str]:
         texts.append(
             f"{figures.tok_s:.0f} tok/s" if figures.tok_s >= 10 else f"{figures.tok_s:.1f} tok/s"
         )
+    if figures.drafts:
+        texts.append(figures.drafts)
     if figures.context:
         texts.append(f"context {figures.used_tokens or 0:,}/{figures.context:,}")
     if figures.ttft_s is not None:

@@ -1,0 +1,149 @@
+"""Answers with drafts are, token for token, the answers without.
+
+Fifty questions of four kinds (edgeinfer/measure/kinds_of_work.py), 200 tokens each, greedily: with every
+way to draft, alone and eight at once, over an f16 and a q8_0 KV cache, with and without tokens leaving a
+window of 256. One thread, cells in order: no difference is allowed. (With more threads llama.cpp splits
+caches of 512 cells and more between them where a step has one row, which moves last bits.) Drafts are
+checked wherever there is one, whatever it costs, so that as many as can be are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.alternate import table
+from benchmarks.model_files import starter_q4_0
+from benchmarks.verdict import Bar, run_bar
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.request import Ended, Request, RunStats
+from edgeinfer.engine.speculation import Speculation
+from edgeinfer.engine.window import Window
+from edgeinfer.errors import MeasureFailed
+from edgeinfer.measure.kinds_of_work import KINDS, question
+from edgeinfer.measure.streams import GREEDY
+from edgeinfer.registry import get_backend
+from edgeinfer_models.model_files import ModelFiles
+
+AT_ONCE = 8
+CONTEXT, WINDOW = 1024, 256
+FIRST_TOKEN = 1000  # an ordinary one
+Answers = list[tuple[str, RunStats]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    kv: str
+    window: int
+    at_once: int
+
+    def __str__(self) -> str:
+        leaving = f"window {self.window}" if self.window < CONTEXT else "no eviction"
+        return f"{self.kv}, {leaving}, {self.at_once} at once"
+
+
+def measure(bar: Bar) -> None:
+    draw = random.Random(bar.options.seed)
+    # Of a step of so many tokens: all cost the same, so every draft is checked; or anything does.
+    costs: dict[str, Callable[[int, int], float | None]] = {
+        "lookup, every draft": lambda tokens, context: 1.0,
+        "lookup, any length": lambda tokens, context: 1.0 + draw.random() * tokens,
+    }
+    rows = [("KV, window, streams", "drafts", "drafted", "accepted", "evicted", "different")]
+    num_different = num_accepted = 0
+    for kv, window in itertools.product(("f16", "q8_0"), (CONTEXT, WINDOW)):
+        alone = Setting(kv, window, 1)
+        plain = answers(bar, alone, None)
+        for setting in (alone, Setting(kv, window, AT_ONCE)):
+            for name, seconds in costs.items():
+                drafted = answers(bar, setting, seconds)
+                different = sum(a != b for (a, _), (b, _) in zip(plain, drafted, strict=True))
+                stats = [own for _, own in drafted]
+                accepted = sum(own.speculation.accepted for own in stats)
+                row = (
+                    str(setting),
+                    name,
+                    str(sum(own.speculation.drafted for own in stats)),
+                    str(accepted),
+                    str(sum(own.kv.evicted_tokens for own in stats)),
+                    str(different),
+                )
+                rows.append(row)
+                print(" ", *row, sep=" | ", file=sys.stderr, flush=True)
+                num_different += different
+                num_accepted += accepted
+    bar.say(table(rows))
+    bar.details["runs"] = rows
+    count = bar.options.questions * (len(rows) - 1)
+    bar.require(
+        f"{num_different} of {count} answers differ from those without drafts", num_different == 0
+    )
+    bar.require(f"{num_accepted} drafted tokens were accepted", num_accepted > 0)
+
+
+def answers(bar: Bar, setting: Setting, seconds: Callable[[int, int], float | None] | None) -> Answers:
+    """Of all questions, in their order: the text and the figures. Raises MeasureFailed."""
+    path = starter_q4_0()
+    files = ModelFiles(path.name, (path,), "gguf")
+    settings = RuntimeSettings(
+        context=CONTEXT,
+        sequences=setting.at_once,
+        kv_type_k=setting.kv,
+        kv_type_v=setting.kv,
+        threads=1,
+        threads_batch=1,
+    )
+    runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
+    speculation = None
+    if seconds is not None:
+        most = min(runtime.facts.max_logit_rows, runtime.facts.stable_chunk_tokens - 1)
+        speculation = Speculation(seconds, most, setting.window)
+    engine = Engine(
+        runtime,
+        model=files.name,
+        max_running=setting.at_once,
+        window=Window(setting.window),
+        speculation=speculation,
+    )
+    ends: dict[int, Ended] = {}
+    with contextlib.closing(engine):
+        for number in range(bar.options.questions):
+            text = question(KINDS[number % len(KINDS)], number)
+            prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+            found = runtime.tokenizer.encode(prompt, add_special=True, parse_special=True)
+            # No two begin alike: what a long prompt left of a shared beginning was computed in a large
+            # step, and a short prompt's own would not be.
+            tokens = [FIRST_TOKEN + number, *found]
+            request = Request(
+                tokens=tuple(tokens),
+                max_tokens=bar.options.tokens,
+                sampling=GREEDY,
+                ignore_eos=True,
+                overflow="stream",
+            )
+            engine.submit(number, request, tokens)
+        while engine.has_work:
+            for key, event in engine.step():
+                if isinstance(event, Ended):
+                    ends[key] = event
+        engine.check_integrity()
+    for ended in ends.values():
+        if ended.outcome != "finished":
+            raise MeasureFailed(ended.error)
+    return [(ends[number].stats.text, ends[number].stats) for number in range(bar.options.questions)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
+    parser.add_argument("--seed", type=int, default=8)
+
+
+if __name__ == "__main__":
+    sys.exit(run_bar(__file__, str(__doc__), measure, add_options))

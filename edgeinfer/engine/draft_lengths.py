@@ -1,0 +1,50 @@
+"""How many drafted tokens the next step is to check: those that bring most tokens a second, or none.
+
+A step of n tokens costs what was measured here (machine/step_cost.py), which is no line through n. A
+draft's i-th token is accepted if it and all before it are right, so it brings the product of their odds.
+Several sequences share one step: their tokens are taken in the order of what they bring, which within
+each sequence is the order of the draft, and the number taken is the best one.
+
+Source for weighing expected tokens against a measured cost: Chen et al. 2024, Sequoia,
+arXiv:2402.12374; Liu et al. 2024, arXiv:2406.14066.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+# A draft must promise this much more than none: costs and odds are estimates, and losing is worse than
+# not winning.
+LEAST_GAIN = 1.05
+
+
+def share_out(
+    odds: Sequence[Sequence[float]], seconds: Callable[[int], float | None], most: int
+) -> tuple[list[int], float]:
+    """odds: of each running sequence's draft, token by token; none for one without. seconds: of a step
+    of so many tokens, with logits for all; None: not known. most: tokens of a step. Returns each
+    sequence's number of drafted tokens, and how many times faster the step is than one without, as far
+    as is known (1 where nothing is drafted)."""
+    lengths = [0] * len(odds)
+    plain = seconds(len(odds))
+    if plain is None:
+        return lengths, 1.0
+    waiting = [(-own[0], which) for which, own in enumerate(odds) if own]
+    heapq.heapify(waiting)
+    brought = float(len(odds))
+    best, best_rate, taken = list(lengths), LEAST_GAIN * brought / plain, len(odds)
+    while waiting and taken < most:
+        gain, which = heapq.heappop(waiting)
+        lengths[which] += 1
+        taken += 1
+        brought -= gain
+        own = odds[which]
+        if lengths[which] < len(own):
+            heapq.heappush(waiting, (gain * own[lengths[which]], which))
+        cost = seconds(taken)
+        if cost is not None and brought / cost > best_rate:
+            best, best_rate = list(lengths), brought / cost
+    if not any(best):
+        return best, 1.0
+    return best, best_rate * plain / len(odds)

@@ -1,0 +1,200 @@
+"""Who drafts for which request, and how much of it the next step is to check.
+
+A draft is checked by running it: the model is sampled at each of its positions in turn, and what it says
+stands. So an answer is what it would have been (Leviathan et al. 2022, arXiv:2211.17192, with drafts
+that are one guess and not a distribution), whatever the sampler, as long as steps of several tokens
+compute what steps of one do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter
+from edgeinfer.engine.draft_lengths import share_out
+from edgeinfer.engine.lookup import Lookup
+from edgeinfer.engine.request import SpeculationStats
+
+if TYPE_CHECKING:
+    from edgeinfer.backend import RuntimeFacts
+    from edgeinfer.engine.sequence import RunningRequest
+    from edgeinfer.engine.tuner import Tuner
+    from edgeinfer.engine.window import Window
+
+Speculate = Literal["auto", "off", "lookup"]
+SPECULATE: tuple[Speculate, ...] = ("auto", "off", "lookup")
+# Seconds of a step of so many tokens, with logits for all, at a context of so many; None: not known.
+StepSeconds = Callable[[int, int], float | None]
+
+MOST_DRAFTED = 31  # tokens of one request: with its newest one, eight tiles
+# How often a match's next token is right, by its length (lookup.KINDS), before a request shows.
+TYPICAL = (0.25, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
+TRIED = (4, 8, 16)  # sizes of steps: whole tiles, whose cost says most
+WORTH_A_TRY = 0.2  # odds of a whole draft
+_FRESH_STEPS = 32  # that a curve of costs is taken as it was
+
+
+@dataclass
+class _Drafting:
+    """Of one request."""
+
+    drafter: Drafter
+    acceptance: Acceptance
+    num_seen: int = 0  # tokens of the answer that the drafter was told
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    had_proposal: bool = False
+    saved_s: float = 0.0  # by drafts, as far as it is known what steps without them take
+
+
+def impossible(speculate: Speculate, facts: RuntimeFacts, window: Window, tuner: Tuner | None) -> str:
+    """Why nothing can be drafted; "" where it can."""
+    if speculate == "off":
+        return "--speculate off"
+    if not facts.can.rewind:
+        return f"{facts.backend} cannot take tokens back"
+    if window.eviction == "h2o":
+        return "--eviction h2o would count the attention of tokens that are taken back"
+    if tuner is None:
+        return f"what a step of several tokens costs is not measured with {facts.backend}"
+    return ""
+
+
+class Speculation:
+    def __init__(
+        self,
+        seconds: StepSeconds,
+        most_step_tokens: int,
+        most_positions: int,
+        drafter: Callable[[Sequence[int]], Drafter] = Lookup,
+    ) -> None:
+        """most_step_tokens: of a step, so that its results are those of one token at a time.
+        most_positions: of a sequence. drafter: made for a request, from its prompt."""
+        self._drafter = drafter
+        self._seconds = seconds
+        self._most_step_tokens = most_step_tokens
+        self._most_positions = most_positions
+        self._requests: dict[int, _Drafting] = {}
+        self._curve: dict[int, float | None] = {}
+        self._context = 0
+        self._curve_age = _FRESH_STEPS
+        self._held = 0
+
+    @classmethod
+    def of(cls, facts: RuntimeFacts, window: Window, tuner: Tuner) -> Speculation:
+        most = min(facts.max_step_tokens, facts.max_logit_rows)
+        if facts.stable_chunk_tokens > 1:
+            most = min(most, facts.stable_chunk_tokens - 1)
+        return cls(tuner.step_seconds, most, window.size)
+
+    def choose(self, running: Sequence[RunningRequest]) -> None:
+        """Set the `draft` of each, all of which decode."""
+        drafts = [self._proposal(each) for each in running]
+        if self._held:
+            self._held -= 1
+            drafts = [NO_DRAFT] * len(running)
+        if not any(drafts):
+            for each in running:
+                each.draft = ()
+            return
+        self._refresh(max(each.num_computed for each in running))
+        odds = [
+            self._requests[each.key].acceptance.of(draft)
+            for each, draft in zip(running, drafts, strict=True)
+        ]
+        lengths, _ = share_out(odds, self._step_seconds, self._most_step_tokens)
+        if not any(lengths):
+            lengths = self._tried(odds)
+        for each, draft, length in zip(running, drafts, lengths, strict=True):
+            each.draft = draft.tokens[:length]
+
+    def hold(self, steps: int) -> None:
+        """There is no room for drafts now."""
+        self._held = steps
+
+    def checks(self, running: RunningRequest, drafted: int) -> None:
+        stats = self._requests[running.key].stats
+        stats.mode = "lookup"
+        stats.steps += 1
+        stats.drafted += drafted
+
+    def accepts(self, running: RunningRequest) -> None:
+        self._requests[running.key].stats.accepted += 1
+
+    def took(self, brought: Mapping[int, int], seconds: float) -> None:
+        """A step that checked drafts. brought: tokens that each request of it got, by key."""
+        plain = self._step_seconds(len(brought))
+        if plain is None:
+            return
+        for key, tokens in brought.items():
+            own = self._requests.get(key)
+            if own is not None:  # else it ended with this step
+                own.saved_s += tokens * plain - seconds
+
+    def end(self, running: RunningRequest) -> SpeculationStats:
+        """What drafts did for a request."""
+        own = self._requests.pop(running.key, None)
+        if own is None:
+            return SpeculationStats(reason="the answer was too short for a draft")
+        if own.stats.steps:
+            took_s = running.last_token - running.first_token
+            own.stats.speedup = max(0.0, (took_s + own.saved_s) / took_s) if took_s > 0 else 1.0
+            return own.stats
+        if own.had_proposal and None in (self._step_seconds(1), self._step_seconds(TRIED[0])):
+            own.stats.reason = "what steps of several tokens cost here is not measured yet"
+        elif own.had_proposal:
+            own.stats.reason = "checking what could be copied would have taken longer than it saves"
+        else:
+            own.stats.reason = "the answer repeats nothing"
+        return own.stats
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _tried(self, odds: Sequence[Sequence[float]]) -> list[int]:
+        """Lengths that make a step whose cost is not known, where the likeliest of the drafts is worth
+        the try."""
+        lengths = [0] * len(odds)
+        best = max(range(len(odds)), key=lambda which: odds[which][:1])
+        for size in TRIED:
+            length = size - len(odds)
+            if not 0 < length <= len(odds[best]) or size > self._most_step_tokens:
+                continue
+            if self._step_seconds(size) is not None:
+                continue
+            if math.prod(odds[best][:length]) < WORTH_A_TRY:
+                break
+            del self._curve[size]  # it is known after this step
+            lengths[best] = length
+            break
+        return lengths
+
+    def _proposal(self, running: RunningRequest) -> Draft:
+        own = self._requests.get(running.key)
+        if own is None:
+            own = _Drafting(self._drafter(running.prompt), Acceptance(TYPICAL))
+            self._requests[running.key] = own
+        for token in running.answered[own.num_seen :]:
+            outcome = own.drafter.append(token)
+            if outcome is not None:
+                own.acceptance.learn(outcome)
+        own.num_seen = running.num_answered
+        positions = self._most_positions
+        most = min(
+            MOST_DRAFTED, running.tokens_left(positions) - 1, positions - running.num_computed - 1
+        )
+        found = own.drafter.propose(most)
+        own.had_proposal |= bool(found)
+        return found
+
+    def _refresh(self, context: int) -> None:
+        self._curve_age += 1
+        if self._curve_age > _FRESH_STEPS:
+            self._curve_age, self._context = 0, context
+            self._curve.clear()
+
+    def _step_seconds(self, tokens: int) -> float | None:
+        if tokens not in self._curve:
+            self._curve[tokens] = self._seconds(tokens, self._context)
+        return self._curve[tokens]

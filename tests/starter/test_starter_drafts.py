@@ -1,0 +1,96 @@
+"""Answers of the real model with drafts are its answers without (benchmarks/bars/08_lossless.py: more of
+them)."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+
+from edgeinfer.backend import RuntimeSettings
+from edgeinfer.client import LocalClient, Message, OpenOptions, Request
+from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.request import Ended, RunStats
+from edgeinfer.engine.speculation import Speculation
+from edgeinfer.engine.window import Window
+from edgeinfer.measure.kinds_of_work import KINDS, question
+from edgeinfer.measure.streams import GREEDY
+from edgeinfer.registry import get_backend
+from edgeinfer_models.model_files import ModelFiles
+
+pytestmark = pytest.mark.model
+
+TOKENS = 48
+
+
+def answers(
+    path: Path, kv: str, layout: str, *, at_once: int, window: int, drafts: bool
+) -> list[RunStats]:
+    settings = RuntimeSettings(
+        context=512,
+        sequences=at_once,
+        kv_type_k=kv,
+        kv_type_v=kv,
+        kv_layout=layout,  # type: ignore[arg-type]
+        threads=1,
+        threads_batch=1,
+    )
+    runtime = get_backend("llamacpp").load(
+        ModelFiles("starter", (path,), "gguf"), settings, lambda _: True
+    )
+    speculation = None
+    if drafts:  # of any length, whatever it costs
+        draw = random.Random(1)
+        most = min(runtime.facts.max_logit_rows, runtime.facts.stable_chunk_tokens - 1)
+        speculation = Speculation(lambda tokens, _: 1.0 + draw.random() * tokens, most, window)
+    engine = Engine(
+        runtime, model="starter", max_running=at_once, window=Window(window), speculation=speculation
+    )
+    ends: dict[int, Ended] = {}
+    with contextlib.closing(engine):
+        for number, kind in enumerate(KINDS):
+            text = f"<|im_start|>user\n{question(kind, number)}<|im_end|>\n<|im_start|>assistant\n"
+            found = runtime.tokenizer.encode(text, add_special=True, parse_special=True)
+            tokens = (1000 + number, *found)  # no two begin alike
+            request = Request(
+                tokens=tokens, max_tokens=TOKENS, sampling=GREEDY, ignore_eos=True, overflow="stream"
+            )
+            engine.submit(number, request, tokens)
+        while engine.has_work:
+            for key, event in engine.step():
+                if isinstance(event, Ended):
+                    ends[key] = event
+        engine.check_integrity()
+    return [ends[number].stats for number in range(len(KINDS))]
+
+
+@pytest.mark.parametrize(
+    ("kv", "layout", "at_once", "window"),
+    [
+        ("f16", "private", 4, 512),
+        ("f16", "shared", 4, 512),
+        ("q8_0", "private", 4, 128),
+        ("f16", "private", 1, 128),
+    ],
+)
+def test_answers_are_those_without_drafts(
+    starter: Path, kv: str, layout: str, at_once: int, window: int
+) -> None:
+    plain = answers(starter, kv, layout, at_once=1, window=window, drafts=False)
+    drafted = answers(starter, kv, layout, at_once=at_once, window=window, drafts=True)
+    assert [one.text for one in drafted] == [one.text for one in plain]
+    assert sum(one.speculation.accepted for one in drafted) > 0
+    assert [one.kv.evicted_tokens for one in drafted] == [one.kv.evicted_tokens for one in plain]
+
+
+def test_the_worker_says_who_drafted_or_why_nobody_did(starter: Path) -> None:
+    ask = Request(messages=(Message("user", "Say: one two three."),), max_tokens=8, sampling=GREEDY)
+    for speculate, why in (("off", "--speculate off"), ("auto", "")):
+        options = OpenOptions(model=str(starter), context=512, threads=1, speculate=speculate)  # type: ignore[arg-type]
+        with LocalClient(options) as client:
+            client.load()
+            told = client.start(ask).result().stats.speculation
+        assert told.mode in ("none", "lookup")
+        assert told.reason == why if why else (told.steps > 0) == (told.reason == "none")
