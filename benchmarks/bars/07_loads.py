@@ -12,6 +12,7 @@ compared.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,10 @@ def measure(bar: Bar) -> None:
     silent, unknown, other, off = [], [], [], []
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out.gguf"
+        asked = bar.options.only.split(",") if bar.options.only else TYPES
         for type_name, method in [*((name, "") for name in TYPES), *METHODS]:
+            if type_name not in asked:
+                continue
             done = made(original, out, type_name, method)
             label = f"{type_name} {done}"
             found = dequantized(out)
@@ -176,6 +180,8 @@ def worst(
 
 def bits(kind: str) -> int:
     """Of a code of a type; 16 or more of those that are not quantized."""
+    if kind == "TQ2_0":
+        return 1  # it stores two, and knows the same three numbers as TQ1_0
     digits = "".join(letter for letter in kind.removeprefix("BF").lstrip("IQTF") if letter.isdigit())
     return int(digits[:2]) if digits[:2] in ("16", "32") else int(digits[0])
 
@@ -184,5 +190,9 @@ def least_bits(found: dict[str, tuple[str, np.ndarray]]) -> int:
     return min(bits(kind) for kind, _ in found.values())
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", help="types, like q4_0,tq2_0; default: all")
+
+
 if __name__ == "__main__":
-    sys.exit(run_bar(__file__, str(__doc__), measure))
+    sys.exit(run_bar(__file__, str(__doc__), measure, add_options))

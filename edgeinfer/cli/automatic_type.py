@@ -36,13 +36,13 @@ def choose(
     from edgeinfer.quantize.choice import NoTypeFits
     from edgeinfer.quantize.importance import named_imatrix
     from edgeinfer.quantize.quantization import opened
-    from edgeinfer_models.conversion.new_file import exists
+    from edgeinfer_models.conversion.new_file import require_place
 
     if max_kl is not None and not 0.0 <= max_kl <= 100.0:
         raise UsageError(f"--max-kl {max_kl:g} is outside [0, 100]; 0.05 is the default")
     out = None if output is None else Path(output).expanduser()
-    if out is not None and out.exists() and not force:
-        raise exists(out)  # now, and not when all was measured
+    if out is not None:
+        require_place(out, path, force=force)  # now, and not when all was measured
     named = None if imatrix is None else named_imatrix(Path(imatrix).expanduser())
     status = StatusLine(enabled=not quiet)
 
@@ -92,4 +92,4 @@ def _tell(rows: Sequence[TypeRow]) -> None:
     from edgeinfer.cli.models import print_table
     from edgeinfer.quantize.auto import shown_table
 
-    print_table(*shown_table(rows))
+    print_table(*shown_table(rows), has_heads=True)

@@ -82,6 +82,16 @@ class FileDefaults(dict[str, Any]):
         return self._model_names
 
 
+def typed_options(ctx: Context) -> frozenset[str]:
+    """The options of the command line, by their long names."""
+    return frozenset(
+        option
+        for param in ctx.command.params
+        for option in param.opts
+        if getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    )
+
+
 def source_of(ctx: Context, param: Any) -> str | None:
     """Where a value comes from that was not typed: a variable, or a place in the config file."""
     source = getattr(ctx.get_parameter_source(param.name), "name", "")

@@ -30,6 +30,7 @@ def is_folder_type(
 
 def write_folder(
     path: Path,
+    beside: Path,
     type_name: str | None,
     to: str | None,
     output: str | None,
@@ -37,7 +38,8 @@ def write_folder(
     scale_type: str | None,
     wanted: FileOptions,
 ) -> None:
-    """path: of the model. wanted: of it what folders have."""
+    """path: of the model. beside: where the result lies if `output` does not say. wanted: of it what
+    folders have."""
     from edgeinfer.cli.long_work import Clock, long_work
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.quantize.fitted_folder import method_of_folder
@@ -48,12 +50,18 @@ def write_folder(
     source = source_of_folder(path) if path.is_dir() else source_of_gguf(path)
     out = None if output is None else Path(output).expanduser()
     options = FolderOptions(group_size, scale_type)
-    plan = plan_folder(source, path, type_name, to, out, options)
+    plan = plan_folder(source, beside, type_name, to, out, options)
     text = None if wanted.calibration is None else Path(wanted.calibration).expanduser()
     method, notes = method_of_folder(plan, wanted.method, text)
     status = StatusLine(enabled=not wanted.quiet)
+
+    def say(line: str) -> None:
+        if not wanted.quiet:
+            status.clear()
+            typer.echo(f"edgeinfer: {line}", err=True)
+
     with long_work(plan.out, status, quiet=wanted.quiet):
-        notes += _made(plan, method, text, wanted.calibration_tokens, Clock(status).show)
+        notes += _made(plan, method, text, wanted.calibration_tokens, Clock(status).show, say)
     _tell(plan, method, (*plan.notes, *notes), wanted)
 
 
@@ -63,6 +71,7 @@ def _made(
     text: Path | None,
     tokens: int | None,
     show: Callable[[str, float], None],
+    say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """What there is to tell of it."""
     from edgeinfer.quantize.calibrated import CORRECTING, work_folder
@@ -78,7 +87,7 @@ def _made(
         write(plan, progress)
         return ()
     with kept_apart(work_folder(plan.out)):
-        fitted = fit_folder(plan, method, text, tokens or DEFAULT_TOKENS, show)
+        fitted = fit_folder(plan, method, text, tokens or DEFAULT_TOKENS, show, say)
         write(fitted.plan, progress)
         fitted.finished.remove()
         return fitted.notes

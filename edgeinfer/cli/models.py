@@ -466,10 +466,12 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-def print_table(heads: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
-    """A table for eyes; tab-separated lines for programs."""
+def print_table(
+    heads: tuple[str, ...], rows: Sequence[Sequence[str]], *, has_heads: bool = False
+) -> None:
+    """A table for eyes; tab-separated lines for programs. has_heads: those too begin with the heads."""
     if not sys.stdout.isatty():
-        for row in rows:
+        for row in (heads, *rows) if has_heads else rows:
             sys.stdout.write("\t".join(one_line(cell) for cell in row) + "\n")
         return
     from rich.console import Console

@@ -10,6 +10,7 @@ import typer
 from edgeinfer.cli import options
 from edgeinfer.errors import ModelNotFound, UsageError
 
+FORMS = ("gguf", "mlx", "safetensors")
 Source = Annotated[
     str,
     typer.Argument(
@@ -19,6 +20,7 @@ Source = Annotated[
 
 
 def quantize(
+    context: typer.Context,
     model: Source,
     output: options.Output = None,
     type_name: options.WeightType = None,
@@ -45,9 +47,13 @@ def quantize(
     """Write a model's weights in fewer bits, and say what that cost; or in another form: safetensors to
     GGUF and back."""
     from edgeinfer.cli.folder_output import is_folder_type, write_folder
-    from edgeinfer.cli.quantized_file import FileOptions, write_file
-    from edgeinfer.quantize.conversion import TYPES
+    from edgeinfer.cli.quantized_file import OF_FOLDERS, FileOptions, write_file
+    from edgeinfer.quantize.conversion import TYPES, check_type
 
+    if type_name is not None:
+        check_type(type_name)
+    if to is not None and to not in FORMS:
+        raise UsageError(f"--to {to[:40]!r} is not one of {', '.join(FORMS)}")
     type_name = None if type_name == "auto" else type_name
     wanted = FileOptions(
         method or "auto",
@@ -65,22 +71,28 @@ def quantize(
         force=force,
         quiet=quiet,
         as_json=json_output,
-    )
+    ).fitting(_typed(context), type_name)
     is_file = to in (None, "gguf") and (type_name is None or type_name in TYPES)
     if is_file and group_size is None and scale_type is None:
-        write_file(_found(model), output, type_name, wanted)
+        path, beside = _found(model)
+        write_file(path, beside, output, type_name, wanted)
         return
     is_folder = is_folder_type(type_name, to, group_size, scale_type)
     for option in wanted.given(folder=is_folder):
-        what = f"--type {type_name[:40]}" if type_name else f"--to {str(to)[:40]}"
-        raise UsageError(f"{option} is for GGUF files of fewer bits, which {what} is not")
+        if option not in _typed(context):
+            continue  # a default of the user's, for what it fits
+        what = f"--type {type_name}" if type_name else f"--to {to}"
+        own = "files and folders of fewer bits" if option in OF_FOLDERS else "GGUF files of fewer bits"
+        raise UsageError(f"{option} is for {own}, which {what} is not")
+    path, beside = _found(model)
     if is_folder:
-        write_folder(_found(model), type_name, to, output, group_size, scale_type, wanted)
+        write_folder(path, beside, type_name, to, output, group_size, scale_type, wanted)
         return
     if type_name in TYPES:
         raise UsageError(f"--type {type_name} is a type of GGUF files; leave --to out")
     _convert(
-        _found(model),
+        path,
+        beside,
         output,
         type_name or "f16",
         to or "gguf",
@@ -90,8 +102,16 @@ def quantize(
     )
 
 
+def _typed(context: typer.Context) -> frozenset[str]:
+    """Options of the command line; others are defaults that the user set."""
+    from edgeinfer.cli.configured import typed_options
+
+    return typed_options(context)
+
+
 def _convert(
     path: Path,
+    beside: Path,
     output: str | None,
     type_name: str,
     to: str,
@@ -106,12 +126,10 @@ def _convert(
     from edgeinfer.quantize.conversion import CONTAINERS, convert, plan_conversion
     from edgeinfer_models.conversion.model import source_of_folder, source_of_gguf
 
-    container = next((name for name in CONTAINERS if name == to), None)
-    if container is None:
-        raise UsageError(f"--to {to[:40]!r} is not one of {', '.join(CONTAINERS)}")
+    container = next(name for name in CONTAINERS if name == to)
     source = source_of_folder(path) if path.is_dir() else source_of_gguf(path)
     out = None if output is None else Path(output).expanduser()
-    plan = plan_conversion(source, path, container, type_name, out, force=force)
+    plan = plan_conversion(source, beside, container, type_name, out, force=force)
     status = StatusLine(enabled=not quiet)
     try:
         convert(plan, lambda done: status.show(f"writing {plan.out.name} … {done:.0%}"))
@@ -133,18 +151,30 @@ def _convert(
     emit(f"{plan.out}: {shown_bytes(plan.num_bytes)} of weights in {plan.dtype.lower()}\n")
 
 
-def _found(spec: str) -> Path:
-    """A folder of safetensors or a GGUF file."""
+def _found(spec: str) -> tuple[Path, Path]:
+    """A folder of safetensors or a GGUF file; and what the result lies beside: that, or, of a model that
+    was named and lies where users do not look, the current folder."""
     from edgeinfer_models.resolve import resolve_model
 
     path = Path(spec).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
-        return path
+        return path, path
+    if path.is_dir() and next(path.glob("*.safetensors"), None) is not None:
+        raise ModelNotFound(
+            f"{path}: has .safetensors files, and no config.json that says what they are; give the"
+            " model's whole folder"
+        )
+    if path.is_dir() and next(path.glob("*.gguf"), None) is None:
+        raise ModelNotFound(
+            f"{path}: has neither a .gguf file nor safetensors with a config.json; give a model's file"
+            " or folder"
+        )
     if path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json")):
         if not (path.parent / "config.json").is_file():
             raise ModelNotFound(
                 f"{path}: are weights without the config.json that says what they are; give the model's"
                 " whole folder"
             )
-        return path.parent
-    return resolve_model(spec).files.paths[0]
+        return path.parent, path.parent
+    found = resolve_model(spec).files.paths[0]
+    return found, found if path.exists() else Path.cwd() / found.name

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BUDGET_TYPE = "q4_k_m"  # what embeddings and head get with --budget
 MOST_MINUTES = 7 * 24 * 60.0
 MOST_TOKENS = 2**22
-_OF_FOLDERS = ("--method", "--calibration", "--calibration-tokens")
+OF_FOLDERS = ("--method", "--calibration", "--calibration-tokens")  # and of files
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,27 @@ class FileOptions:
     quiet: bool
     as_json: bool
 
+    def fitting(self, typed: Collection[str], type_name: str | None) -> FileOptions:
+        """Without what was not typed (a variable, a line of the config file) and has no place beside the
+        rest."""
+        found, is_automatic = self, type_name is None and self.budget is None
+
+        def drop(option: str, is_out_of_place: bool, **values: Any) -> None:
+            nonlocal found
+            if is_out_of_place and option not in typed:
+                found = replace(found, **values)
+
+        drop("--minutes", found.method != "qat", minutes=None)
+        drop("--refresh", not is_automatic, refreshes=False)
+        drop("--imatrix", found.method not in ("auto", "imatrix"), imatrix=None)
+        looks = found.method != "rtn" or found.budget is not None
+        drop("--calibration", not looks, calibration=None)
+        keeps = found.method == "imatrix" and found.imatrix is None
+        drop("--save-imatrix", not keeps, save_imatrix=None)
+        drop("--report", not found.measures, report=None)
+        drop("--max-kl", not found.measures and not is_automatic, max_kl=None)
+        return found
+
     def given(self, *, folder: bool) -> list[str]:
         """Those that only a file of fewer bits has; folder: those that folders have are left out."""
         found = {
@@ -56,12 +77,13 @@ class FileOptions:
             "--report-tokens": self.report_tokens is not None,
             "--refresh": self.refreshes,
         }
-        shared = _OF_FOLDERS if folder else ()
+        shared = OF_FOLDERS if folder else ()
         return [name for name, is_given in found.items() if is_given and name not in shared]
 
     def check(self, type_name: str | None) -> None:
         """Raises UsageError, ExtraMissing."""
         from edgeinfer.measure.loss_report import check_report
+        from edgeinfer.quantize.calibration import read_text
         from edgeinfer.quantize.prepared import METHODS
 
         if self.method not in METHODS:
@@ -88,15 +110,24 @@ class FileOptions:
             raise UsageError(f"{option} needs what --no-report leaves out")
         if self.report is not None:
             check_report(_path(self.report))
+        if self.calibration is not None:
+            read_text(_path(self.calibration))  # now, and not when the model is open
 
 
-def write_file(path: Path, output: str | None, type_name: str | None, wanted: FileOptions) -> None:
-    """path: a folder of safetensors or a GGUF file. type_name: of TYPES; None: auto."""
+def write_file(
+    path: Path, beside: Path, output: str | None, type_name: str | None, wanted: FileOptions
+) -> None:
+    """path: a folder of safetensors or a GGUF file. beside: where the result lies if `output` does not
+    say. type_name: of TYPES; None: auto."""
     from edgeinfer.cli.long_work import Clock, long_work
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.quantize.prepared import forget_finished, prepare, write
+    from edgeinfer.quantize.quantization import opened, quantized_already
 
     wanted.check(type_name)
+    already = quantized_already(opened(path))
+    if already and not wanted.quiet:
+        sys.stderr.write(f"edgeinfer: {already}\n")  # before the work
     chosen: Mapping[str, Any] = {}
     if type_name is None and wanted.budget is None:
         from edgeinfer.cli.automatic_type import choose, json_fields
@@ -113,32 +144,54 @@ def write_file(path: Path, output: str | None, type_name: str | None, wanted: Fi
         )
         type_name, chosen = found.chosen.type_name, json_fields(found)
         if type_name in ("f16", "bf16", "f32"):
-            _as_it_is(path, output, type_name, wanted, chosen)
+            _as_it_is(path, beside, output, type_name, wanted, chosen)
             return
-    request = _request(path, output, type_name or BUDGET_TYPE, wanted)
+    request = _request(path, beside, output, type_name or BUDGET_TYPE, wanted)
     status = StatusLine(enabled=not wanted.quiet)
     show = Clock(status).show
+
+    def say(line: str) -> None:
+        if not wanted.quiet:
+            status.clear()
+            sys.stderr.write(f"edgeinfer: {line}\n")
+
     assert request.out is not None  # noqa: S101 (`_request` always says where)
     with (
         long_work(request.out, status, quiet=wanted.quiet),
-        prepare(path, request, show) as ready,
+        prepare(path, request, show, say) as ready,
     ):
         status.clear()
         for note in () if wanted.quiet else ready.notes:
+            if note == already:
+                continue
             sys.stderr.write(f"edgeinfer: {note}\n")
         report = None
         if wanted.measures:
+            if not sys.stderr.isatty():
+                say("measuring what it lost, which takes some minutes; --no-report leaves it out")
             report = _measured(path, ready, wanted, show)
         else:
             write(ready, show)
         forget_finished(ready)
+    _say_what_is_left(request.out, say)
     _tell(ready, type_name or BUDGET_TYPE, report, chosen, wanted)
 
 
-def _request(path: Path, output: str | None, type_name: str, wanted: FileOptions) -> Request:
+def _say_what_is_left(out: Path, say: Callable[[str], None]) -> None:
+    """Of a run that was interrupted and had other options."""
+    from edgeinfer.quantize.calibrated import work_folder
+
+    folder = work_folder(out)
+    if folder.is_dir():
+        say(f"{folder} is of a run that was interrupted and is not used any more; it may be deleted")
+
+
+def _request(
+    path: Path, beside: Path, output: str | None, type_name: str, wanted: FileOptions
+) -> Request:
     from edgeinfer.quantize.calibration import DEFAULT_TOKENS
     from edgeinfer.quantize.prepared import DEFAULT_MINUTES, Request
-    from edgeinfer_models.conversion.new_file import exists
+    from edgeinfer_models.conversion.new_file import require_place
 
     out = None if output is None else _path(output)
     budget = None
@@ -148,11 +201,11 @@ def _request(path: Path, output: str | None, type_name: str, wanted: FileOptions
             name = "".join(
                 letter for letter in wanted.budget.lower() if letter.isalnum() or letter == "."
             )
-            out = path.parent / f"{path.name.removesuffix('.gguf')}-{name}.gguf"
-    target = out or path.parent / f"{path.name.removesuffix('.gguf')}-{type_name}.gguf"
+            out = beside.parent / f"{beside.name.removesuffix('.gguf')}-{name}.gguf"
+    target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}-{type_name}.gguf"
     for each in (target, None if wanted.save_imatrix is None else _path(wanted.save_imatrix)):
-        if each is not None and each.exists() and not wanted.force:
-            raise exists(each)  # now, and not when all was worked out
+        if each is not None:
+            require_place(each, path, force=wanted.force)  # now, and not when all was worked out
     return Request(
         type_name,
         wanted.method,
@@ -176,8 +229,13 @@ def _budget(path: Path, text: str) -> int:
     bits = bits_per_weight_of(text)
     if bits is not None:
         return int(bits * num_weights(opened(path)) / 8)
-    size = parse_size("--budget", text)
-    return size - head_bytes(opened(path))
+    try:
+        size = parse_size("--budget", text)
+    except UsageError:
+        raise UsageError(
+            f"--budget {text[:40]!r} is no size; write for example 4.5bpw, 512M or 2G"
+        ) from None
+    return max(0, size - head_bytes(opened(path)))
 
 
 def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossReport:
@@ -187,13 +245,15 @@ def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossR
     from edgeinfer.measure.texts import measured_text
     from edgeinfer.quantize.prepared import forget_finished, write
     from edgeinfer.quantize.quantization import REPORT_KEY
+    from edgeinfer.quantize.rounding_errors import RoundingErrors
     from edgeinfer_models.conversion.new_file import exists
     from edgeinfer_models.gguf_patch import patch_metadata
 
     out = ready.plan.out
     staged = out.with_name(f".{out.name}.part")
     try:
-        write(ready, show, staged)
+        rounded = RoundingErrors()
+        write(ready, show, staged, rounded)
         report = measure_loss(
             path,
             staged,
@@ -201,7 +261,7 @@ def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossR
             wanted.report_tokens or DEFAULT_TOKENS["reference"],
             progress=show,
             name=out.name,
-            errors=ready.errors,
+            errors=ready.errors or rounded.found(ready.plan.types),
             notes=ready.notes,
         )
         patch_metadata(staged, REPORT_KEY, report.essentials_text())
@@ -224,7 +284,12 @@ def _measured(path: Path, ready: Ready, wanted: FileOptions, show: Any) -> LossR
 
 
 def _as_it_is(
-    path: Path, output: str | None, type_name: str, wanted: FileOptions, chosen: Mapping[str, Any]
+    path: Path,
+    beside: Path,
+    output: str | None,
+    type_name: str,
+    wanted: FileOptions,
+    chosen: Mapping[str, Any],
 ) -> None:
     """What auto chose is not quantized: nothing is lost that would have to be measured."""
     from edgeinfer.cli.output import emit_json
@@ -233,7 +298,7 @@ def _as_it_is(
 
     source = source_of_folder(path) if path.is_dir() else source_of_gguf(path)
     out = None if output is None else _path(output)
-    plan = plan_conversion(source, path, "gguf", type_name, out, force=wanted.force)
+    plan = plan_conversion(source, beside, "gguf", type_name, out, force=wanted.force)
     convert(plan, lambda _: None)
     if wanted.as_json:
         emit_json({"output": str(plan.out), "type": type_name, "bytes": plan.num_bytes, **chosen})

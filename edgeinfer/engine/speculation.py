@@ -156,7 +156,7 @@ class Speculation:
         """Lengths that make a step whose cost is not known, where the likeliest of the drafts is worth
         the try."""
         lengths = [0] * len(odds)
-        best = max(range(len(odds)), key=lambda which: odds[which][:1])
+        best = max(range(len(odds)), key=lambda which: odds[which][0] if odds[which] else 0.0)
         for size in TRIED:
             length = size - len(odds)
             if not 0 < length <= len(odds[best]) or size > self._most_step_tokens:

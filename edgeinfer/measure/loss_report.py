@@ -117,8 +117,8 @@ class LossReport:
             found += ["", "error by layer, relative (the mean of its tensors)", *_chart(by_layer, width)]
         for sample in self.samples:
             found += ["", sample.prompt]
-            found.append(f"  before: {one_line(sample.before, max(20, 3 * width))}")
-            found.append(f"  after:  {one_line(sample.after, max(20, 3 * width))}")
+            found += ["  before:", *(f"    {line}" for line in _answer_lines(sample.before))]
+            found += ["  after:", *(f"    {line}" for line in _answer_lines(sample.after))]
         return found
 
     def as_markdown(self) -> str:
@@ -147,12 +147,7 @@ class LossReport:
             parts += ["", f"### {sample.prompt}"]
             for title, answer in (("before", sample.before), ("after", sample.after)):
                 # Indented, line by line: nothing in an answer can end the block.
-                parts += [
-                    "",
-                    f"{title}:",
-                    "",
-                    *(f"    {one_line(line)}" for line in answer.splitlines()),
-                ]
+                parts += ["", f"{title}:", "", *(f"    {line}" for line in _answer_lines(answer))]
         return "\n".join(parts) + f"\n\nMeasured by edgeinfer {__version__}.\n"
 
     def save(self, path: Path) -> None:
@@ -212,6 +207,15 @@ def check_report(path: Path) -> None:
         known = ", ".join((*TEXT_SUFFIXES, *SUFFIXES))
         raise UsageError(f"--report {path.name[:60]!r} must end in one of {known}")
     check_place(path, "--report")
+
+
+def _answer_lines(answer: str) -> list[str]:
+    """As a model gave it, but for control characters: what is code keeps how far it is indented."""
+    found = []
+    for line in answer.strip("\r\n").splitlines():
+        line = line.expandtabs(4)
+        found.append(" " * (len(line) - len(line.lstrip(" "))) + one_line(line))
+    return found
 
 
 def _chart(by_layer: Mapping[int, float], width: int) -> list[str]:

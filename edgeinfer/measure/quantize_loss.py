@@ -117,9 +117,10 @@ class _Side:
                     if kept is not None:
                         kept += figure.samples
             if asks:
-                self.answers += [
-                    client.start(_request(prompt, info.has_template)).text() for prompt in PROMPTS
-                ]
+                for prompt in PROMPTS:
+                    stats = client.start(_request(prompt, info.has_template)).result().stats
+                    is_cut = stats.finish_reason == "length"
+                    self.answers.append(f"{stats.text.rstrip()} …" if is_cut else stats.text)
 
 
 def _request(prompt: str, has_template: bool) -> Request:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgeinfer.quantize.quantization import Quantization, Source
 
 Progress = Callable[[float], None]
+Say = Callable[[str], None]
 CORRECTING = ("awq", "gptq", "awq+gptq")
 
 
@@ -91,12 +92,13 @@ def corrected(
     method: str,
     folder: Path,
     progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
 ) -> tuple[FinishedTensors, tuple[str, ...]]:
     """Of a GGUF file. Otherwise as `fitted`."""
     rows = get_backend("llamacpp").row_quantizer()
     try:
         forms = ggml_forms(plan.changed.values(), rows)
-        return fitted(of, plan.changed, forms, method, folder, progress)
+        return fitted(of, plan.changed, forms, method, folder, progress, say)
     finally:
         rows.close()
 
@@ -108,10 +110,11 @@ def fitted(
     method: str,
     folder: Path,
     progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
 ) -> tuple[FinishedTensors, tuple[str, ...]]:
     """types: of each tensor, by its GGUF name; None: it stays. forms: by types. method: of CORRECTING.
-    folder: where what is done is kept. Returns it, and a line for each thing to be told. Raises OSError,
-    UsageError, ModelFileInvalid."""
+    folder: where what is done is kept. say: whether there was any. Returns it, and a line for each thing
+    to be told. Raises OSError, UsageError, ModelFileInvalid."""
     how = Correction(scales="awq" in method, feeds_back="gptq" in method)
     job = {
         "version": __version__,
@@ -121,6 +124,10 @@ def fitted(
         "method": asdict(how),
     }
     finished = FinishedTensors(folder, job)
+    if len(finished):
+        say(f"going on from {folder.name}, where {len(finished)} tensors are finished")
+    elif finished.has_discarded:
+        say(f"{folder.name} was of another job (model, types, method or text): begun anew")
     correct(of.source, types, of.model.layers, of.calibration.texts, forms, finished, how, progress)
     unscaled = links_of(of.source.shape)[1]
     return finished, (said(unscaled),) if how.scales and unscaled else ()

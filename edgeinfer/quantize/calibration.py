@@ -41,7 +41,9 @@ def read_calibration(
 ) -> Calibration:
     """The user's text, or Python's documentation of its language. tokens: at most so many, taken evenly
     from all of it. Raises UsageError."""
-    text, origin = (_own_text(), "Python's documentation") if path is None else (_read(path), path.name)
+    text, origin = (
+        (_own_text(), "Python's documentation") if path is None else (read_text(path), path.name)
+    )
     found = tokenizer.encode(text, add_special=False, parse_special=False)
     if len(found) < LEAST_TOKENS:
         raise UsageError(
@@ -75,7 +77,8 @@ def _own_text() -> str:
     return text[MEASURED_CHARACTERS:]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises UsageError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

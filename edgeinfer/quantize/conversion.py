@@ -20,10 +20,18 @@ from edgeinfer_models.conversion.conversion import (
     prepare_conversion,
 )
 from edgeinfer_models.conversion.model import SourceModel
+from edgeinfer_models.conversion.new_file import require_place
 from edgeinfer_models.conversion.presets import PRESETS
 
 DTYPES = ("f16", "bf16", "f32")
 TYPES = tuple(name.lower() for name in PRESETS)
+
+
+def check_type(name: str) -> None:
+    """Of `--type`. Raises UsageError."""
+    known = ("auto", *DTYPES, *TYPES, *FOLDER_TYPES)
+    if name not in known:
+        raise UsageError(f"--type {name[:40]!r} is not one of {', '.join(known)}")
 
 
 def plan_conversion(
@@ -32,15 +40,20 @@ def plan_conversion(
     """Everything that can be found out before a byte is written. beside: the model's own path, next to
     which the result lies unless `out` says where. Raises UsageError, UnsupportedModel,
     ModelFileInvalid."""
+    check_type(dtype)
     if dtype not in DTYPES:
-        known = ", ".join(("auto", *DTYPES, *TYPES, *FOLDER_TYPES))
-        raise UsageError(f"--type {dtype[:40]!r} is not one of {known}")
+        raise UsageError(f"--type {dtype}: of --to {to} are {', '.join(DTYPES)}")
     if to == "gguf" and model.form == "gguf":
-        raise UsageError("the model is a GGUF file already; --to safetensors makes a folder of it")
+        raise UsageError(
+            f"the model is a GGUF file already, and its floats are not changed there; --to safetensors"
+            f" makes a folder of it, of which --type {dtype} makes a file again"
+        )
     if to == "safetensors" and model.form == "safetensors":
         raise UsageError("the model is a folder of safetensors already; --to gguf makes a file of it")
     suffix = f"-{dtype}.gguf" if to == "gguf" else f"-{dtype}"
     target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}{suffix}"
+    if to == "gguf":
+        require_place(target, beside, force=force)
     planned = prepare_conversion(model, to, dtype.upper(), target, force=force)
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
@@ -50,4 +63,4 @@ def plan_conversion(
     return planned
 
 
-__all__ = ["CONTAINERS", "DTYPES", "Container", "Conversion", "convert", "plan_conversion"]
+__all__ = ["CONTAINERS", "DTYPES", "Container", "Conversion", "check_type", "convert", "plan_conversion"]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.errors import UsageError
+from edgeinfer.errors import ModelError, UsageError
 from edgeinfer_models.sole_use import InUse, sole_use
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def kept_apart(folder: Path) -> Iterator[None]:
         with sole_use(folder / _LOCK, None):
             try:
                 yield
+            except ModelError:  # a model that is damaged has nothing to go on with
+                for each in folder.iterdir():
+                    if each.name != _LOCK:
+                        _remove(each)
+                raise
             finally:
                 if [each.name for each in folder.iterdir()] == [_LOCK]:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -69,6 +74,7 @@ class FinishedTensors:
         self._folder = folder
         self._done: dict[str, Finished] = {}
         self._num_files = 0  # a tensor may be kept again, as another file
+        self.has_discarded = False  # tensors of another job
         wanted = json.dumps(job, sort_keys=True)
         folder.mkdir(exist_ok=True)
         if _text(folder / _JOB) == wanted:
@@ -76,6 +82,7 @@ class FinishedTensors:
             return
         if not (folder / _JOB).is_file() and self._contents():
             raise _in_the_way(folder)
+        self.has_discarded = bool(_text(folder / _LIST))
         self._empty()
         (folder / _JOB).write_text(wanted)
 
@@ -147,10 +154,7 @@ class FinishedTensors:
 
     def _empty(self) -> None:
         for each in self._contents():
-            if each.is_dir():
-                shutil.rmtree(each, ignore_errors=True)
-            else:
-                each.unlink()
+            _remove(each)
 
     def _read(self) -> None:
         for line in (_text(self._folder / _LIST) or "").splitlines():
@@ -174,6 +178,13 @@ class FinishedTensors:
             self._num_files = max(self._num_files, int(Path(found.file).stem) + 1)
         kept = (_line(name, each) for name, each in self._done.items())
         (self._folder / _LIST).write_text("".join(kept))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def _in_the_way(folder: Path) -> UsageError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import UsageError
-from edgeinfer.quantize.calibrated import CORRECTING, calibrated, fitted, work_folder
+from edgeinfer.quantize.calibrated import CORRECTING, Say, calibrated, fitted, work_folder
 from edgeinfer.quantize.folder_forms import FolderForm
 from edgeinfer.quantize.folders import FLOAT_TYPES, FolderPlan, kind_of, pieces_of
 from edgeinfer.quantize.prepared import Request, chosen_method
@@ -85,6 +85,7 @@ def fit_folder(
     calibration: Path | None,
     tokens: int,
     show: Show = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> FittedFolder:
     """method: of CORRECTING. calibration: a text; tokens: at most so many of it. What is finished stays
     beside the result until it is told to go: asked again, it goes on from there. Raises UsageError,
@@ -101,6 +102,7 @@ def fit_folder(
             method,
             work_folder(plan.out),
             lambda done: show(f"{method}: fitting what is rounded to the text", done),
+            say,
         )
         notes = (*of.calibration.notes, *notes)
     return FittedFolder(with_finished(plan, forms, finished), notes, finished)

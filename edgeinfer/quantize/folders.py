@@ -142,7 +142,7 @@ def write(plan: FolderPlan, progress: Progress = lambda _: None) -> None:
 def _check(kind: str, container: FolderContainer, to: str | None, options: FolderOptions) -> None:
     if kind not in (*FOLDER_TYPES, *FLOAT_TYPES) or (container == "mlx" and kind in KINDS):
         known = ", ".join((*MLX_TYPES, *FLOAT_TYPES) if container == "mlx" else KINDS)
-        raise UsageError(f"--type {kind[:40]!r} is none of a folder for {container}; there are {known}")
+        raise UsageError(f"--type {kind[:40]}: a folder for --to {container} is of {known}")
     if to is not None and to != container:
         raise UsageError(f"--type {kind} is a type of folders: --to {container}, or leave --to out")
     if options.group is not None:

@@ -6,6 +6,7 @@ with prepare(path, request, show) as ready:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,12 +33,14 @@ from edgeinfer.quantize.importance import NamedImatrix, named_imatrix
 from edgeinfer.quantize.quantization import (
     Quantization,
     Source,
+    head_bytes,
     opened,
     plan_quantization,
     quantize,
     require_room,
     with_types,
 )
+from edgeinfer.quantize.rounding_errors import RoundingErrors
 from edgeinfer.quantize.sensitivity import sensitivities
 from edgeinfer.quantize.teacher import Teacher
 from edgeinfer.registry import get_backend
@@ -55,6 +58,7 @@ METHODS = ("auto", "rtn", "imatrix", "awq", "gptq", "awq+gptq", "qat")
 MOST_AUTOMATIC = 2_000_000_000
 DEFAULT_MINUTES = 20.0
 Show = Callable[[str, float], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,11 @@ class Ready:
 
 
 @contextmanager
-def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Iterator[Ready]:
-    """path: a folder of safetensors or a GGUF file. show: what is done, and how far it is.
+def prepare(
+    path: Path, request: Request, show: Show = lambda *_: None, say: Say = lambda _: None
+) -> Iterator[Ready]:
+    """path: a folder of safetensors or a GGUF file. show: what is done, and how far it is. say: what is
+    to be known before hours have passed.
 
     What gptq, awq and qat have finished stays beside the result until it is written: asked again, they
     go on from there. Raises UsageError, UnsupportedModel,
@@ -114,7 +121,7 @@ def prepare(path: Path, request: Request, show: Show = lambda *_: None) -> Itera
         return
     fits = method in CORRECTING or method == "qat"
     with kept_apart(work_folder(plan.out)) if fits else nullcontext():
-        yield _after_text(source, path, request, Ready(plan, method, notes, {}, ()), named, show)
+        yield _after_text(source, path, request, Ready(plan, method, notes, {}, ()), named, show, say)
 
 
 def _after_text(
@@ -124,13 +131,14 @@ def _after_text(
     wanted: Ready,
     named: NamedImatrix | None,
     show: Show,
+    say: Say,
 ) -> Ready:
     """wanted: as far as it is known before a text is looked at."""
     plan, method, notes = wanted.plan, wanted.method, wanted.notes
     with calibrated(source, request.calibration, request.calibration_tokens) as of:
         notes += of.calibration.notes
         if request.budget is not None:
-            plan = _within(plan, of, request, lambda done: show("finding where bytes matter", done))
+            plan = _within(plan, of, request, lambda done: show("finding where bytes matter", done), say)
         if method == "imatrix" and named is None:
             named = computed_imatrix(of, lambda done: show("finding which weights matter", done))
             if request.save_imatrix is not None:
@@ -147,6 +155,7 @@ def _after_text(
             by,
             work_folder(plan.out),
             lambda done: show(f"{by}: fitting what is rounded to the text", done),
+            say,
         )
         if method == "qat":
             _teach(plan, of, finished, request.minutes, show)
@@ -159,11 +168,21 @@ def _after_text(
     return Ready(plan, method, (*plan.notes, *notes, *told), stored, errors, finished)
 
 
-def write(ready: Ready, show: Show = lambda *_: None, to: Path | None = None) -> None:
-    """to: in the place of the plan's path. What was finished stays until it is told to go. Raises as
-    `quantize`."""
+def write(
+    ready: Ready,
+    show: Show = lambda *_: None,
+    to: Path | None = None,
+    errors: RoundingErrors | None = None,
+) -> None:
+    """to: in the place of the plan's path. errors: sees what is rounded. What was finished stays until
+    it is told to go. Raises as `quantize`."""
     plan = ready.plan if to is None else replace(ready.plan, out=to, force=True)
-    quantize(plan, lambda done: show(f"writing {ready.plan.out.name}", done), stored=ready.stored)
+    quantize(
+        plan,
+        lambda done: show(f"writing {ready.plan.out.name}", done),
+        watch=(lambda encode: encode) if errors is None else errors.watching,
+        stored=ready.stored,
+    )
 
 
 def forget_finished(ready: Ready) -> None:
@@ -221,7 +240,11 @@ def _weighed(
 
 
 def _within(
-    plan: Quantization, of: Calibrated, request: Request, progress: Callable[[float], None]
+    plan: Quantization,
+    of: Calibrated,
+    request: Request,
+    progress: Callable[[float], None],
+    say: Say,
 ) -> Quantization:
     """Layers' matrices in the types that lose least; everything else as the preset has it."""
     assert request.budget is not None  # noqa: S101
@@ -238,10 +261,16 @@ def _within(
     rest = plan.num_bytes - sum(_bytes(shapes[name], plan.types[name]) for name in candidates)
     least = rest + sum(min(own.values()) for own in sizes.values())
     if request.budget < least:
+        size, bits = least + head_bytes(plan.source), 8 * least / plan.elements
         raise UsageError(
-            f"--budget: {request.budget:,} bytes ({8 * request.budget / plan.elements:.2f}bpw) are too"
-            f" few; the smallest types take {least:,} ({8 * least / plan.elements:.2f}bpw)"
+            f"--budget: too small for this model, of which the smallest types make {size / 1e6:,.1f} MB;"
+            f" give at least {math.ceil(size / 2**20)}M, or {math.ceil(100 * bits) / 100:.2f}bpw"
         )
+    most = {name: max(own, key=lambda kind: own[kind]) for name, own in sizes.items()}
+    if request.budget >= rest + sum(sizes[name][kind] for name, kind in most.items()):
+        kinds = ", ".join(sorted(set(most.values())))
+        say(f"--budget is more than the largest types take: layers get those ({kinds})")
+        return with_types(plan, {**plan.chosen, **most})
     rows = get_backend("llamacpp").row_quantizer()
     try:
         losses = sensitivities(of, candidates, rows, plan.out.parent, progress)

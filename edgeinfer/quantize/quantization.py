@@ -22,6 +22,7 @@ from edgeinfer.quantize.rounding import rounding
 from edgeinfer_models.config import config_from_gguf
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.model import SourceModel, source_of_folder
+from edgeinfer_models.conversion.new_file import require_place
 from edgeinfer_models.conversion.presets import MixtureFacts, choose_types, file_type
 from edgeinfer_models.conversion.rewritten import rewrite_gguf, written_bytes
 from edgeinfer_models.conversion.tensor_data import Encode
@@ -103,6 +104,22 @@ def opened(path: Path) -> Source:
     return source_of_folder(path) if path.is_dir() else read_gguf_model(path)
 
 
+def quantized_already(source: Source) -> str:
+    """What is to be said of a model that is; "" of others."""
+    if not isinstance(source, GgufHeader):
+        return ""
+    rounded = Counter(
+        tensor.type_name for tensor in source.tensors if GGML_TYPES_BY_NAME[tensor.type_name].block > 1
+    )
+    if not rounded:
+        return ""
+    kinds = ", ".join(name for name, _ in rounded.most_common(3))
+    return (
+        f"its weights are quantized already ({kinds}): quantized again they lose more than the"
+        " original's would"
+    )
+
+
 def num_weights(source: Source) -> int:
     return sum(_product(shape) for shape in _shapes(source).values())
 
@@ -138,6 +155,7 @@ def plan_quantization(
     target = out or beside.parent / f"{beside.name.removesuffix('.gguf')}-{type_name}.gguf"
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent}: no such folder; make it, or give another -o")
+    require_place(target, beside, force=force)
     num_bytes = sum(_sizes(source, chosen).values())
     require_room(target, num_bytes)
     types = {name: kind or _own_type(source, name) for name, kind in chosen.items()}
@@ -171,16 +189,18 @@ def quantize(
     progress: Progress = lambda _: None,
     *,
     encode: Encode | None = None,
+    watch: Callable[[Encode], Encode] = lambda encode: encode,
     stored: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     threads: int = 0,
 ) -> None:
-    """encode: what makes rows into blocks; None: they are rounded (`rounding`). stored: the data of
+    """encode: what makes rows into blocks; None: they are rounded (`rounding`), and `watch` may look at
+    it. stored: the data of
     tensors that are known already. threads: 0: one for each core. Raises ModelFileInvalid,
     UnsupportedModel, UsageError (the result is there), BackendUnavailable, OSError. Then nothing is
     left of it."""
     if encode is None:
         with rounding(plan.importance, _num_rows(plan)) as rounded:
-            quantize(plan, progress, encode=rounded, stored=stored, threads=threads)
+            quantize(plan, progress, encode=watch(rounded), stored=stored, threads=threads)
         return
     source = plan.source
     if isinstance(source, GgufHeader):
@@ -266,17 +286,9 @@ def _facts(source: Source) -> MixtureFacts:
 def _notes(source: Source, preset: str, chosen: Mapping[str, str | None]) -> tuple[str, ...]:
     found: list[str] = []
     if isinstance(source, GgufHeader):
-        rounded = Counter(
-            tensor.type_name
-            for tensor in source.tensors
-            if GGML_TYPES_BY_NAME[tensor.type_name].block > 1 and chosen[tensor.name]
-        )
-        if rounded:
-            kinds = ", ".join(name for name, _ in rounded.most_common(3))
-            found.append(
-                f"its weights are quantized already ({kinds}): quantized again they lose more than the"
-                " original's would"
-            )
+        already = quantized_already(source)
+        if already and any(chosen.values()):
+            found.append(already)
     else:
         source.family.shape_to_gguf(source.shape)  # says now what llama.cpp computes otherwise
         found += source.notes()

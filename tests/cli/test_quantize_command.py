@@ -66,6 +66,52 @@ def test_what_is_there_is_replaced_only_with_force(
     assert [path.name for path in mine.iterdir()] == ["letter"]
 
 
+def test_the_model_that_is_read_is_never_replaced(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.gguf"
+    assert console("quantize", folder, "--type", "f16", "-o", model).code == 0
+    (tmp_path / "link.gguf").symlink_to(model)
+    weights = folder / "model.safetensors"
+    for source, out in ((folder, weights), (model, model), (model, tmp_path / "link.gguf")):
+        before = out.read_bytes()
+        for options in (("--type", "q4_0", "--method", "rtn", "--no-report"), ("--type", "f16")):
+            done = console("quantize", source, *options, "-o", out, "--force")
+            assert done.code == 2
+            assert "is of the model that is read" in done.error_line or "already" in done.error_line
+        assert out.read_bytes() == before
+    for out in (tmp_path, ""):
+        done = console("quantize", folder, "--type", "q4_0", "-o", out, "--force")
+        assert (done.code, "is a folder; give a file's name" in done.error_line) == (2, True)
+
+
+def test_defaults_of_the_users_count_where_they_fit(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    defaults = {
+        "EDGEINFER_CALIBRATION_TOKENS": "2048",
+        "EDGEINFER_MINUTES": "3",
+        "EDGEINFER_REPORT": "x.md",
+    }
+    assert console("quantize", folder, "--type", "f16", **defaults).code == 0
+    options = ("--type", "q4_0", "--method", "rtn", "--no-report")
+    done = console("quantize", folder, *options, **defaults)
+    assert done.code == 0, done.err
+    done = console("quantize", folder, "--type", "nope", **defaults)
+    assert "--type 'nope' is not one of" in done.error_line
+    done = console("quantize", folder, "--type", "f16", "--minutes", "3", "-o", tmp_path / "x.gguf")
+    assert (done.code, "--minutes is for GGUF files of fewer bits" in done.error_line) == (2, True)
+
+
+def test_a_folder_without_what_says_what_it_is(console: Console, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = console("quantize", tmp_path / "empty", "--type", "q4_0")
+    assert (done.code, "neither a .gguf file nor safetensors" in done.error_line) == (1, True)
+    (folder / "config.json").unlink()
+    done = console("quantize", folder, "--type", "q4_0")
+    assert (done.code, "no config.json" in done.error_line) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -203,7 +249,7 @@ def test_an_importance_matrix_changes_its_tensors_and_is_named_in_the_file(
             "--imatrix is for --method imatrix",
         ),
         (("--type", "f16", "--imatrix", "FILE"), 2, "--imatrix is for GGUF files of fewer bits"),
-        (("--type", "f16", "--method", "rtn"), 2, "--method is for GGUF files of fewer bits"),
+        (("--type", "f16", "--method", "rtn"), 2, "--method is for files and folders of fewer bits"),
         (("--type", "q4_0", "--imatrix", "/nowhere/at.all"), 1, "/nowhere/at.all: no such file"),
         (("--type", "q4_0", "--imatrix", "TEXT"), 1, "no importance matrix but seems to be a text file"),
         (("--type", "q4_0", "--imatrix", "OTHER"), 2, "none of its 2 entries ('layers.0.w', …) is of a"),

@@ -113,6 +113,33 @@ def test_two_at_work_on_one_file_do_not_meet(console: Console, folder: Path, tmp
     assert left(tmp_path) == {"tiny", "out.gguf.unfinished"}
 
 
+def test_what_is_gone_on_from_and_what_is_not_is_said(folder: Path, tmp_path: Path) -> None:
+    request = Request("q4_0", "gptq", tmp_path / "out.gguf", calibration_tokens=2048)
+    said: list[str] = []
+    for each in (request, request, replace(request, method="awq+gptq")):
+        with prepare(folder, each, say=said.append):
+            pass  # and what is finished stays
+    assert len(said) == 2
+    assert "going on from out.gguf.unfinished, where 14 tensors are finished" in said[0]
+    assert "of another job" in said[1]
+
+
+def test_a_damaged_model_leaves_nothing_beside_it(
+    console: Console, folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    before = left(tmp_path)
+    options = ("--type", "q4_0", "--method", "gptq", "--no-report", *FEW)
+    done = console("quantize", folder, "-o", tmp_path / "out.gguf", *options)
+    assert done.code == 1, done.err
+    assert "model.layers.1.mlp.down_proj.weight" in done.error_line
+    assert left(tmp_path) == before
+
+
 def test_types_are_mixed_as_with_an_importance_matrix_where_text_is_looked_at(
     console: Console, tmp_path: Path
 ) -> None:
@@ -152,8 +179,18 @@ def test_a_budget_is_kept_and_spent(console: Console, folder: Path, tmp_path: Pa
         "quantize", folder, "--budget", "1bpw", "-o", tmp_path / "c.gguf", "--no-report", *FEW
     )
     assert done.code == 2
-    assert "are too few; the smallest types take" in done.error_line
+    assert "too small for this model" in done.error_line and "give at least" in done.error_line
     assert not (tmp_path / "c.gguf").exists()
+    done = console("quantize", folder, "--budget", "1K", "-o", tmp_path / "c.gguf", "--no-report", *FEW)
+    assert done.code == 2
+    assert "too small for this model" in done.error_line
+    least = done.error_line.rpartition(" or ")[2]
+    for enough in (least, "30bpw"):
+        done = console(
+            "quantize", folder, "--budget", enough, "-o", tmp_path / f"{enough}.gguf", *options
+        )
+        assert done.code == 0, done.err
+        assert ("more than the largest types take" in done.err) == (enough == "30bpw")
 
 
 def test_what_imatrix_finds_is_a_file_that_can_be_given_again(
@@ -197,7 +234,7 @@ def test_the_report_is_told_kept_and_in_the_file(
         quiet=True,
         as_json=False,
     )
-    write_file(folder, str(out), "q4_0", wanted)
+    write_file(folder, folder, str(out), "q4_0", wanted)
     told = capsys.readouterr().out
     assert "KL mean, nats a token" in told and "error by layer" in told
     kept = json.loads(report.read_text())
@@ -208,11 +245,17 @@ def test_the_report_is_told_kept_and_in_the_file(
     }
     said = json.loads(read_gguf_header(out).get_str("edgeinfer.quantize.report"))
     assert said["kl_mean"] == pytest.approx(kept["kl"]["mean"], rel=1e-2)
+    # Of what is rounded without text, how far the numbers are off.
+    rounded = replace(wanted, method="rtn", calibration_tokens=None, force=True)
+    write_file(folder, folder, str(out), "q4_0", rounded)
+    errors = json.loads(report.read_text())["errors"]
+    off = [error["relative_error"] for error in errors if error["type"] == "Q4_0"]
+    assert len(off) == 14 and all(0.002 < error < 0.02 for error in off)
     # What lost too much is not kept, nor anything beside it.
     before = left(tmp_path)
     strict = replace(wanted, method="rtn", max_kl=1e-7, report=None, calibration_tokens=None)
     with pytest.raises(QualityTooLow, match="not written: it lost"):
-        write_file(folder, str(tmp_path / "bad.gguf"), "q4_0", strict)
+        write_file(folder, folder, str(tmp_path / "bad.gguf"), "q4_0", strict)
     assert left(tmp_path) == before
 
 
@@ -231,7 +274,7 @@ def test_the_report_is_told_kept_and_in_the_file(
         (("--report", "x.txt"), "must end in one of"),
         (("--report", "x.md", "--no-report"), "--report needs what --no-report leaves out"),
         (("--max-kl", "1", "--no-report"), "--max-kl needs what --no-report leaves out"),
-        (("--budget", "lots"), "--budget 'lots' is not a size"),
+        (("--budget", "lots"), "--budget 'lots' is no size; write for example 4.5bpw"),
     ],
 )
 def test_what_cannot_be_is_one_line(

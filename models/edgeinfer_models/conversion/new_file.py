@@ -8,7 +8,9 @@ removed by the next that is written there.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from edgeinfer.errors import UsageError
 
 _PREFIX, _SUFFIX = ".edgeinfer-", ".part"
 _STALE_S = 24 * 3600.0
+_SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.gguf$")
 
 
 class NewFile:
@@ -114,6 +117,30 @@ def _link_unnamed(descriptor: int, path: Path) -> None:
         )
     finally:
         os.close(folder)
+
+
+def require_place(path: Path, source: Path, *, force: bool) -> None:
+    """Whether a file may be made there. source: the model it is made from, a file or a folder, whose own
+    files nothing replaces. Raises UsageError."""
+    if path.is_dir():
+        name = source.name.removesuffix(".gguf") or "model"
+        raise UsageError(f"{path}: is a folder; give a file's name, for example {path / name}.gguf")
+    if not os.path.lexists(path):
+        return
+    if _belongs_to(path, source):
+        raise UsageError(f"{path}: is of the model that is read; give another -o")
+    if not force:
+        raise exists(path)
+
+
+def _belongs_to(path: Path, source: Path) -> bool:
+    if source.is_dir():
+        return path.resolve().parent == source.resolve() and path.suffix.lower() != ".gguf"
+    parts = [source]
+    split = _SPLIT.search(source.name)
+    if split is not None:
+        parts += source.parent.glob(f"{glob.escape(source.name[: split.start()])}-*-of-{split[1]}.gguf")
+    return any(path.resolve() == part.resolve() for part in parts)
 
 
 def exists(path: Path) -> UsageError:
