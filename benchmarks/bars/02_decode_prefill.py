@@ -40,6 +40,7 @@ def edgeinfer_side(model: Path, threads: int, repeats: int) -> Side:
             kv_type_v="f16",
             flash_attention=True,
             sequences=1,
+            speculate="off",
         )
         with LocalClient(options) as client:
             info = client.load()

@@ -153,6 +153,7 @@ def _client(model: Path, threads: int, streams: int, context: int) -> LocalClien
             threads_batch=threads,
             sequences=streams,
             cache_bytes=0,
+            speculate="off",
         )
     )
 

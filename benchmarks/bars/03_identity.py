@@ -292,6 +292,7 @@ def _client(model: Path, sequences: int, context: int, threads: int | None) -> L
             threads_batch=threads,
             sequences=sequences,
             cache_bytes=0,
+            speculate="off",
         )
     )
 

@@ -113,6 +113,7 @@ def open_and_ask(
         threads=None if automatic else decode,
         threads_batch=None if automatic else prefill,
         cache_bytes=0,
+        speculate="off",
     )
     begin = time.perf_counter()
     with LocalClient(options) as client:

@@ -94,6 +94,7 @@ def measure(bar: Bar) -> None:
                 threads=threads,
                 threads_batch=threads,
                 cache_bytes=0,
+                speculate="off",
             )
             client = stack.enter_context(LocalClient(options))
             sides[name] = our_turn(client)

@@ -119,7 +119,13 @@ def readable(said: bytes) -> str:
 def own_answer(path: Path) -> list[TokenLogprob]:
     """What our backend says, each token with the one that was likeliest beside it."""
     options = OpenOptions(
-        model=str(path), kv_type_k="f16", kv_type_v="f16", context=CONTEXT, threads=1, threads_batch=1
+        model=str(path),
+        kv_type_k="f16",
+        kv_type_v="f16",
+        context=CONTEXT,
+        threads=1,
+        threads_batch=1,
+        speculate="off",
     )
     with LocalClient(options) as client:
         client.load()

@@ -74,6 +74,7 @@ def bench(
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
         cache_ram="0",  # nothing of one run may help the next
+        speculate="off",  # answers to random tokens say nothing of what drafts bring
     )
     opened = replace(opened, sequences=plan.sequences, remember=False)
     picture = None if plot is None else _picture(plot)

@@ -214,7 +214,8 @@ class Worker:
             self._load_failed(command, "LoadFailed", f"{files.name}: {error!r}")
             return
         tuner: Tuner | None = None
-        if folder is not None and runtime.facts.can.threads:
+        weighs_drafts = command["speculate"] != "off"
+        if folder and runtime.facts.can.threads and (command["tunes_threads"] or weighs_drafts):
             self._costs = MeasuredCosts(
                 runtime,
                 folder,

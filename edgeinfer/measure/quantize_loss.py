@@ -106,6 +106,7 @@ class _Side:
             load_as=command.settings.load_as,
             context=context,
             cache_bytes=0,
+            speculate="off",  # each token is one step
         )
         with LocalClient(opened) as client:
             info = client.load()

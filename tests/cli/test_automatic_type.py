@@ -74,7 +74,8 @@ def test_a_smaller_loss_costs_speed_and_the_table_says_why(console: Console, tmp
     loss = done.json["table"][0]["kl"]
     done = console("quantize", folder, "--max-kl", str(0.5 * loss), "-o", tmp_path / "out.gguf", *PLAIN)
     assert done.code == 0, done.err
-    first, *rest = (line.split("\t") for line in done.out.splitlines())
+    heads, first, *rest = (line.split("\t") for line in done.out.splitlines())
+    assert heads[0] == "type"
     assert first[0] == "q4_0" and first[-1].startswith("loses more than")
     assert any(line[-1] == "taken" for line in rest)
     assert "what is faster loses more: q4_0" in done.out

@@ -250,7 +250,7 @@ def test_the_report_is_told_kept_and_in_the_file(
     write_file(folder, folder, str(out), "q4_0", rounded)
     errors = json.loads(report.read_text())["errors"]
     off = [error["relative_error"] for error in errors if error["type"] == "Q4_0"]
-    assert len(off) == 14 and all(0.002 < error < 0.02 for error in off)
+    assert len(off) >= 14 and all(0.002 < error < 0.02 for error in off)
     # What lost too much is not kept, nor anything beside it.
     before = left(tmp_path)
     strict = replace(wanted, method="rtn", max_kl=1e-7, report=None, calibration_tokens=None)
