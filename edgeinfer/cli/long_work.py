@@ -41,12 +41,17 @@ def long_work(out: Path, status: StatusLine, *, quiet: bool) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, OSError) as problem:
         status.close()
-        if isinstance(problem, OSError) and problem.filename is None:
+        if isinstance(problem, OSError) and _is_our_own(problem.filename):
             problem.filename = str(out)
         _say_what_is_kept(out, quiet=quiet)
         raise
     finally:
         status.close()
+
+
+def _is_our_own(name: str | bytes | int | None) -> bool:
+    """Whether that says nothing to a user: no name, or that of a temporary file."""
+    return name is None or Path(str(name)).name.startswith(".edgeinfer-")
 
 
 def _say_what_is_kept(out: Path, *, quiet: bool) -> None:

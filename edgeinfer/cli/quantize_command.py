@@ -78,6 +78,8 @@ def quantize(
         write_file(path, beside, output, type_name, wanted)
         return
     is_folder = is_folder_type(type_name, to, group_size, scale_type)
+    if is_folder:
+        wanted = wanted.fitting_folder(_typed(context), type_name)
     for option in wanted.given(folder=is_folder):
         if option not in _typed(context):
             continue  # a default of the user's, for what it fits
@@ -159,16 +161,6 @@ def _found(spec: str) -> tuple[Path, Path]:
     path = Path(spec).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
         return path, path
-    if path.is_dir() and next(path.glob("*.safetensors"), None) is not None:
-        raise ModelNotFound(
-            f"{path}: has .safetensors files, and no config.json that says what they are; give the"
-            " model's whole folder"
-        )
-    if path.is_dir() and next(path.glob("*.gguf"), None) is None:
-        raise ModelNotFound(
-            f"{path}: has neither a .gguf file nor safetensors with a config.json; give a model's file"
-            " or folder"
-        )
     if path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json")):
         if not (path.parent / "config.json").is_file():
             raise ModelNotFound(
@@ -176,5 +168,25 @@ def _found(spec: str) -> tuple[Path, Path]:
                 " whole folder"
             )
         return path.parent, path.parent
-    found = resolve_model(spec).files.paths[0]
-    return found, found if path.exists() else Path.cwd() / found.name
+    try:
+        resolved = resolve_model(spec)
+    except ModelNotFound as error:
+        raise (_told_of_folder(path) or error) from None
+    file = resolved.files.paths[0]
+    return file, file if resolved.installed is None else Path.cwd() / file.name
+
+
+def _told_of_folder(path: Path) -> ModelNotFound | None:
+    if not path.is_dir():
+        return None
+    if next(path.glob("*.safetensors"), None) is not None:
+        return ModelNotFound(
+            f"{path}: has .safetensors files, and no config.json that says what they are; give the"
+            " model's whole folder"
+        )
+    if next(path.glob("*.gguf"), None) is not None:
+        return None
+    return ModelNotFound(
+        f"{path}: has neither a .gguf file nor safetensors with a config.json; give a model's file or"
+        " folder"
+    )

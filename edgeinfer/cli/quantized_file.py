@@ -51,6 +51,12 @@ class FileOptions:
             if is_out_of_place and option not in typed:
                 found = replace(found, **values)
 
+        is_weighed = found.imatrix is not None and "--imatrix" in typed
+        drop("--method", is_weighed and found.method != "imatrix", method="auto")
+        drop("--method", "--calibration" in typed and found.method == "rtn", method="auto")
+        drop("--no-report", bool({"--report", "--max-kl"} & set(typed)), measures=True)
+        drop("--budget", "--type" in typed, budget=None)
+        drop("--imatrix", "--calibration" in typed, imatrix=None)
         drop("--minutes", found.method != "qat", minutes=None)
         drop("--refresh", not is_automatic, refreshes=False)
         drop("--imatrix", found.method not in ("auto", "imatrix"), imatrix=None)
@@ -60,6 +66,18 @@ class FileOptions:
         drop("--save-imatrix", not keeps, save_imatrix=None)
         drop("--report", not found.measures, report=None)
         drop("--max-kl", not found.measures and not is_automatic, max_kl=None)
+        return found
+
+    def fitting_folder(self, typed: Collection[str], type_name: str | None) -> FileOptions:
+        """As `fitting`, of what folders have."""
+        found = self
+        is_fitted = type_name in (None, "mlx-4bit", "int4")
+        if "--method" not in typed and (found.method in ("qat", "imatrix") or not is_fitted):
+            found = replace(found, method="auto")
+        if "--minutes" not in typed:
+            found = replace(found, minutes=None)
+        if "--calibration" not in typed and found.method == "auto" and not is_fitted:
+            found = replace(found, calibration=None)
         return found
 
     def given(self, *, folder: bool) -> list[str]:
@@ -180,9 +198,10 @@ def write_file(
 def _say_what_is_left(out: Path, say: Callable[[str], None]) -> None:
     """Of a run that was interrupted and had other options."""
     from edgeinfer.quantize.calibrated import work_folder
+    from edgeinfer.quantize.finished_tensors import is_at_work
 
     folder = work_folder(out)
-    if folder.is_dir():
+    if folder.is_dir() and not is_at_work(folder):
         say(f"{folder} is of a run that was interrupted and is not used any more; it may be deleted")
 
 
@@ -191,7 +210,7 @@ def _request(
 ) -> Request:
     from edgeinfer.quantize.calibration import DEFAULT_TOKENS
     from edgeinfer.quantize.prepared import DEFAULT_MINUTES, Request
-    from edgeinfer_models.conversion.new_file import require_place
+    from edgeinfer_models.conversion.new_file import belongs_to, require_place
 
     out = None if output is None else _path(output)
     budget = None
@@ -206,6 +225,10 @@ def _request(
     for each in (target, None if wanted.save_imatrix is None else _path(wanted.save_imatrix)):
         if each is not None:
             require_place(each, path, force=wanted.force)  # now, and not when all was worked out
+    if wanted.save_imatrix is not None and _path(wanted.save_imatrix) == target:
+        raise UsageError(f"--save-imatrix {target}: is where the result goes; give another name")
+    if wanted.report is not None and belongs_to(_path(wanted.report), path):
+        raise UsageError(f"--report {wanted.report}: is of the model that is read; give another name")
     return Request(
         type_name,
         wanted.method,

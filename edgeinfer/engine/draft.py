@@ -71,5 +71,13 @@ class Acceptance:
         prior = self._prior[kind] * self._weight
         return (prior + self._hits[kind]) / (self._weight + self._tries[kind])
 
-    def of(self, draft: Draft) -> list[float]:
-        return [self.odds(kind) for kind in draft.kinds]
+    def of(self, draft: Draft, least: float = 0.0) -> list[float]:
+        """Token by token, as far as all of it so far is right with the odds of `least`."""
+        found, whole = [], 1.0
+        for kind in draft.kinds:
+            odds = self.odds(kind)
+            whole *= odds
+            if whole < least:
+                break
+            found.append(odds)
+        return found

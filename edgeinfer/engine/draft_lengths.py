@@ -1,6 +1,6 @@
 """How many drafted tokens the next step is to check: those that bring most tokens a second, or none.
 
-A step of n tokens costs what was measured here (machine/step_cost.py), which is no line through n. A
+A step costs what was measured here (machine/step_cost.py), which is no line through its tokens. A
 draft's i-th token is accepted if it and all before it are right, so it brings the product of their odds.
 Several sequences share one step: their tokens are taken in the order of what they bring, which within
 each sequence is the order of the draft, and the number taken is the best one.
@@ -20,14 +20,14 @@ LEAST_GAIN = 1.05
 
 
 def share_out(
-    odds: Sequence[Sequence[float]], seconds: Callable[[int], float | None], most: int
+    odds: Sequence[Sequence[float]], seconds: Callable[[Sequence[int]], float | None], most: int
 ) -> tuple[list[int], float]:
     """odds: of each running sequence's draft, token by token; none for one without. seconds: of a step
-    of so many tokens, with logits for all; None: not known. most: tokens of a step. Returns each
-    sequence's number of drafted tokens, and how many times faster the step is than one without, as far
-    as is known (1 where nothing is drafted)."""
+    of so many tokens of each sequence, with logits for all; None: not known. most: tokens of a step.
+    Returns each sequence's number of drafted tokens, and how many times faster the step is than one
+    without, as far as is known (1 where nothing is drafted)."""
     lengths = [0] * len(odds)
-    plain = seconds(len(odds))
+    plain = seconds([1] * len(odds))
     if plain is None:
         return lengths, 1.0
     waiting = [(-own[0], which) for which, own in enumerate(odds) if own]
@@ -42,7 +42,7 @@ def share_out(
         own = odds[which]
         if lengths[which] < len(own):
             heapq.heappush(waiting, (gain * own[lengths[which]], which))
-        cost = seconds(taken)
+        cost = seconds([1 + length for length in lengths])
         if cost is not None and brought / cost > best_rate:
             best, best_rate = list(lengths), brought / cost
     if not any(best):

@@ -146,7 +146,9 @@ class Engine:
         self._shape = (0, 0, 0)  # of the last step: tokens, rows of logits, longest context
         self._speculation = speculation
         self._no_speculation = SpeculationStats(reason=no_speculation)
+        self._is_reading = False  # rows of logits, which last until the cache is touched
         self._overrun: dict[int, int] = {}  # sequences with tokens that were not accepted: true length
+        self._unused: list[int] = []  # sequences that nobody has any more
         self._turns: dict[str, int] = {}  # of those who wait, by who asks: when each had one last
         self._num_embedding = 0  # of the running requests, those for an embedding
         self._last_was_embedding = False
@@ -383,30 +385,45 @@ class Engine:
                 self._events += self._end(running, "failed", "stop", error)
             return
         seconds = time.perf_counter() - begin
-        if tuner is not None:
+        if tuner is not None and not self._has_passes(step):
             tuner.observe(self._choice, *self._shape, seconds)
         if step.num_tokens >= LEAST_TELLING and not is_checking:
             self._learn_rate(seconds, step.num_tokens)
         before = {running.key: running.num_answered for running, _ in chosen} if is_checking else {}
-        for index, (running, count) in enumerate(chosen):
-            if running.draft:
-                self._check(running, result.starts[index])
-                continue
-            prefilling = running.prompt_left > 0
-            running.num_computed += count
-            if result.counts[index]:
-                if not running.is_decoding and self._repeats(running, count):
-                    logits = self.runtime.logits(result.starts[index]).copy()
-                    running.prompt_end = PromptEnd(len(running.tokens), logits)
-                self._sample(running, result.starts[index])
-            elif prefilling and not running.is_decoding:
-                self._events.append((running.key, running.prefilled()))
+        self._is_reading = True
+        try:
+            for index, (running, count) in enumerate(chosen):
+                self._read_rows(running, count, result.starts[index], result.counts[index])
+        finally:
+            self._is_reading = False
+            self._tidy()
         if speculation is not None and is_checking:
             brought = {running.key: running.num_answered - before[running.key] for running, _ in chosen}
-            speculation.took(brought, time.perf_counter() - begin)
+            speculation.took(brought, seconds)
+
+    def _read_rows(self, running: RunningRequest, count: int, first_row: int, num_rows: int) -> None:
+        """What came of a step for one of its requests."""
+        if running.draft:
+            self._check(running, first_row)
+            return
+        prefilling = running.prompt_left > 0
+        running.num_computed += count
+        if num_rows:
+            if not running.is_decoding and self._repeats(running, count):
+                logits = self.runtime.logits(first_row).copy()
+                running.prompt_end = PromptEnd(len(running.tokens), logits)
+            self._sample(running, first_row)
+        elif prefilling and not running.is_decoding:
+            self._events.append((running.key, running.prefilled()))
+
+    def _tidy(self) -> None:
+        """What touches the cache, and so the rows of the step, which nobody reads any more."""
+        unused, self._unused = self._unused, []
         overrun, self._overrun = self._overrun, {}
-        for handle, length in overrun.items():  # now that nobody's rows are read any more
+        for handle, length in overrun.items():
             self.runtime.rewind(handle, length)
+        for handle in unused:
+            self.runtime.free(handle)
 
     def _check(self, running: RunningRequest, first_row: int) -> None:
         """Say what the model says after each token of a draft, as long as that is the draft's next."""
@@ -481,6 +498,8 @@ class Engine:
         most = facts.max_step_tokens
         if facts.stable_chunk_tokens > 1:
             most = min(most, facts.stable_chunk_tokens - 1)
+        if facts.kv_layout == "private" and any(running.draft for running, _ in chosen):
+            most = step.num_tokens  # streams of several tokens are not padded
         choice = self._choice = tuner.choose(*self._shape, most)
         if choice.threads != facts.threads or choice.threads != facts.threads_batch:
             self.runtime.set_threads(choice.threads, choice.threads)
@@ -489,6 +508,12 @@ class Engine:
                     if BUSY not in running.warnings:
                         running.warnings.append(BUSY)
         return Step(step.parts, choice.padding) if choice.padding else step
+
+    def _has_passes(self, step: Step) -> bool:
+        """Whether it went through the weights several times, as no step of one size does."""
+        if self.runtime.facts.kv_layout != "private" or self._speculation is None:
+            return False
+        return len({len(part.tokens) for part in step.parts}) > 1
 
     @staticmethod
     def _is_lone_decode(chosen: list[tuple[RunningRequest, int]]) -> bool:
@@ -637,8 +662,10 @@ class Engine:
                     stats.warnings += self.conversations.take_problems()
             else:
                 self._overrun.pop(running.handle, None)
-                self.runtime.free(running.handle)
+                self._unused.append(running.handle)
                 running.handle = None
+                if not self._is_reading:
+                    self._tidy()
         if error is not None:
             ended = Ended(outcome, stats, type(error).__name__, str(error))
         else:

@@ -11,6 +11,7 @@ the longest match first as in REST (He et al. 2023, arXiv:2311.08252).
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 
 from edgeinfer.engine.draft import NO_DRAFT, Draft, Outcome
@@ -91,9 +92,9 @@ class Lookup:
         return length
 
 
+_KIND_OF = tuple(max(bisect_right(KINDS, length) - 1, 0) for length in range(_LONGEST + 1))
+
+
 def kind_of(length: int) -> int:
     """Of a match, as an index of KINDS."""
-    for kind in range(len(KINDS) - 1, 0, -1):
-        if length >= KINDS[kind]:
-            return kind
-    return 0
+    return _KIND_OF[min(length, _LONGEST)]

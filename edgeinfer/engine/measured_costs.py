@@ -59,7 +59,9 @@ class MeasuredCosts:
         if tunes_threads:
             candidates = thread_candidates(probe_machine().physical_cores)
         default = (facts.threads, facts.threads_batch)
-        self.tuner = Tuner(self.costs, candidates, default, CoreUse().free_cores)
+        self.tuner = Tuner(
+            self.costs, candidates, default, CoreUse().free_cores, is_fixed=not tunes_threads
+        )
         self.budget_s = max(LEAST_BUDGET_S, SHARE_OF_LOAD * load_s)
         self.measured_s = 0.0
         self._measurement: StepMeasurement | None = StepMeasurement(

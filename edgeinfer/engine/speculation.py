@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter
-from edgeinfer.engine.draft_lengths import share_out
+from edgeinfer.engine.draft_lengths import LEAST_GAIN, share_out
 from edgeinfer.engine.lookup import Lookup
 from edgeinfer.engine.request import SpeculationStats
+from edgeinfer.machine.step_cost import CONTEXT_BUCKET, PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from edgeinfer.backend import RuntimeFacts
@@ -29,11 +30,13 @@ SPECULATE: tuple[Speculate, ...] = ("auto", "off", "lookup")
 # Seconds of a step of so many tokens, with logits for all, at a context of so many; None: not known.
 StepSeconds = Callable[[int, int], float | None]
 
-MOST_DRAFTED = 31  # tokens of one request: with its newest one, eight tiles
+MOST_DRAFTED = 15  # tokens of one request: with its newest one, the largest step that is measured
+LEAST_ODDS = 0.01  # of a draft so far; what comes after it is not looked at
 # How often a match's next token is right, by its length (lookup.KINDS), before a request shows.
 TYPICAL = (0.25, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 TRIED = (4, 8, 16)  # sizes of steps: whole tiles, whose cost says most
 WORTH_A_TRY = 0.2  # odds of a whole draft
+MOST_TRIES = 3  # of a size at a length of context, which may have been disturbed
 _FRESH_STEPS = 32  # that a curve of costs is taken as it was
 
 
@@ -57,6 +60,8 @@ def impossible(speculate: Speculate, facts: RuntimeFacts, window: Window, tuner:
         return f"{facts.backend} cannot take tokens back"
     if window.eviction == "h2o":
         return "--eviction h2o would count the attention of tokens that are taken back"
+    if not facts.exact:
+        return f"with {facts.backend}, results differ in the last bits with how many tokens a step has"
     if tuner is None:
         return f"what a step of several tokens costs is not measured with {facts.backend}"
     return ""
@@ -69,29 +74,44 @@ class Speculation:
         most_step_tokens: int,
         most_positions: int,
         drafter: Callable[[Sequence[int]], Drafter] = Lookup,
+        *,
+        has_passes: bool = False,
     ) -> None:
         """most_step_tokens: of a step, so that its results are those of one token at a time.
-        most_positions: of a sequence. drafter: made for a request, from its prompt."""
+        most_positions: of a sequence. drafter: made for a request, from its prompt. has_passes: a step
+        whose sequences have different numbers of tokens goes through the weights several times, each
+        time with as many tokens of each that has any left."""
         self._drafter = drafter
         self._seconds = seconds
         self._most_step_tokens = most_step_tokens
         self._most_positions = most_positions
         self._requests: dict[int, _Drafting] = {}
+        self._has_passes = has_passes
         self._curve: dict[int, float | None] = {}
+        self._least: float | None = None  # see `_least_odds`
         self._context = 0
         self._curve_age = _FRESH_STEPS
+        self._tries: dict[tuple[int, int], int] = {}  # by bucket of context and size of step
         self._held = 0
 
     @classmethod
     def of(cls, facts: RuntimeFacts, window: Window, tuner: Tuner) -> Speculation:
-        most = min(facts.max_step_tokens, facts.max_logit_rows)
+        # Larger ones are counted as prefill.
+        most = min(facts.max_step_tokens, facts.max_logit_rows, PREFILL_TOKENS - 1)
         if facts.stable_chunk_tokens > 1:
             most = min(most, facts.stable_chunk_tokens - 1)
-        return cls(tuner.step_seconds, most, window.size)
+        is_private = facts.kv_layout == "private"  # llama.cpp's streams, whose drafts are not padded
+
+        def seconds(tokens: int, context: int) -> float | None:
+            return tuner.step_seconds(tokens, context, is_padded=not is_private)
+
+        return cls(seconds, most, window.size, has_passes=is_private)
 
     def choose(self, running: Sequence[RunningRequest]) -> None:
         """Set the `draft` of each, all of which decode."""
-        drafts = [self._proposal(each) for each in running]
+        self._refresh(max(each.num_computed for each in running))
+        least = self._least_odds() if len(running) == 1 else 0.0
+        drafts = [self._proposal(each, least) for each in running]
         if self._held:
             self._held -= 1
             drafts = [NO_DRAFT] * len(running)
@@ -99,12 +119,11 @@ class Speculation:
             for each in running:
                 each.draft = ()
             return
-        self._refresh(max(each.num_computed for each in running))
         odds = [
-            self._requests[each.key].acceptance.of(draft)
+            self._requests[each.key].acceptance.of(draft, LEAST_ODDS)
             for each, draft in zip(running, drafts, strict=True)
         ]
-        lengths, _ = share_out(odds, self._step_seconds, self._most_step_tokens)
+        lengths, _ = share_out(odds, self._seconds_of, self._most_step_tokens)
         if not any(lengths):
             lengths = self._tried(odds)
         for each, draft, length in zip(running, drafts, lengths, strict=True):
@@ -161,16 +180,57 @@ class Speculation:
             length = size - len(odds)
             if not 0 < length <= len(odds[best]) or size > self._most_step_tokens:
                 continue
-            if self._step_seconds(size) is not None:
+            wanted = [1 + length if which == best else 1 for which in range(len(odds))]
+            if self._seconds_of(wanted) is not None:
                 continue
             if math.prod(odds[best][:length]) < WORTH_A_TRY:
                 break
-            del self._curve[size]  # it is known after this step
+            place = self._place(size)
+            if self._tries.get(place, 0) >= MOST_TRIES:
+                continue
+            self._tries[place] = self._tries.get(place, 0) + 1
+            self._forget_costs()  # something is known after this step
             lengths[best] = length
             break
         return lengths
 
-    def _proposal(self, running: RunningRequest) -> Draft:
+    def _seconds_of(self, tokens: Sequence[int]) -> float | None:
+        """Of a step of so many tokens of each sequence; None: not known."""
+        if not self._has_passes or len(tokens) == 1:
+            return self._step_seconds(sum(tokens))
+        total, done = 0.0, 0
+        for index, count in enumerate(sorted(tokens)):
+            if count > done:
+                seconds = self._step_seconds((count - done) * (len(tokens) - index))
+                if seconds is None:
+                    return None
+                total, done = total + seconds, count
+        return total
+
+    def _least_odds(self) -> float:
+        """Of the first token of a lone draft: below them no length is worth its step, however sure the
+        rest were. (Most tokens of most answers end here.)"""
+        if self._least is None:
+            self._least = self._found_least_odds()
+        return self._least
+
+    def _found_least_odds(self) -> float:
+        plain, found = self._step_seconds(1), 1.0
+        if plain is None:
+            return 0.0
+        for size in range(2, min(MOST_DRAFTED + 1, self._most_step_tokens) + 1):
+            seconds = self._step_seconds(size)
+            if seconds is not None:
+                found = min(found, (LEAST_GAIN * seconds / plain - 1.0) / (size - 1))
+            elif size in TRIED and self._tries.get(self._place(size), 0) < MOST_TRIES:
+                return 0.0
+        return found
+
+    def _place(self, size: int) -> tuple[int, int]:
+        return self._context // CONTEXT_BUCKET, size
+
+    def _proposal(self, running: RunningRequest, least: float) -> Draft:
+        """least: odds that its first token must have."""
         own = self._requests.get(running.key)
         if own is None:
             own = _Drafting(self._drafter(running.prompt), Acceptance(TYPICAL))
@@ -184,15 +244,24 @@ class Speculation:
         most = min(
             MOST_DRAFTED, running.tokens_left(positions) - 1, positions - running.num_computed - 1
         )
-        found = own.drafter.propose(most)
-        own.had_proposal |= bool(found)
-        return found
+        first = own.drafter.propose(min(most, 1))
+        if not first:
+            return NO_DRAFT
+        own.had_proposal = True
+        if own.acceptance.odds(first.kinds[0]) < least:
+            return NO_DRAFT
+        return own.drafter.propose(most)
 
     def _refresh(self, context: int) -> None:
         self._curve_age += 1
-        if self._curve_age > _FRESH_STEPS:
+        is_elsewhere = context // CONTEXT_BUCKET != self._context // CONTEXT_BUCKET
+        if self._curve_age > _FRESH_STEPS or is_elsewhere:
             self._curve_age, self._context = 0, context
-            self._curve.clear()
+            self._forget_costs()
+
+    def _forget_costs(self) -> None:
+        self._curve.clear()
+        self._least = None
 
     def _step_seconds(self, tokens: int) -> float | None:
         if tokens not in self._curve:

@@ -72,7 +72,8 @@ class _Pace:
 
 
 class Tuner:
-    """candidates: thread counts to choose among. default: (decode, prefill) while nothing is measured.
+    """candidates: thread counts to choose among. default: (decode, prefill) while nothing is measured,
+    and, if it is_fixed, always.
     free_cores(): cores that nobody else used since it was last called; None if that cannot be told."""
 
     def __init__(
@@ -82,12 +83,15 @@ class Tuner:
         default: tuple[int, int],
         free_cores: Callable[[], float | None],
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        is_fixed: bool = False,
     ) -> None:
         self.costs = costs
         self.candidates = tuple(candidates)
         self._default = default
         self._free_cores = free_cores
         self._clock = clock
+        self._is_fixed = is_fixed
         self._paces = {False: _Pace(3), True: _Pace(1)}  # prefill steps are long: one says enough
         self._key: tuple[int, int, int] | None = None
         self._choice = self._settled = Choice(default[0])
@@ -104,7 +108,8 @@ class Tuner:
     @classmethod
     def of_padding(cls, threads: int, threads_batch: int) -> Tuner:
         """For threads that were asked for: padding alone is chosen, and learnt from live steps."""
-        return cls(StepCosts(), (threads,), (threads, threads_batch), lambda: None)
+        default = (threads, threads_batch)
+        return cls(StepCosts(), (threads,), default, lambda: None, is_fixed=True)
 
     @property
     def leaves_decode_alone(self) -> bool:
@@ -136,6 +141,8 @@ class Tuner:
         return self._choice
 
     def _choose_prefill(self, context: int) -> Choice:
+        if self._is_fixed:
+            return Choice(self._default[1])
         slow = self._paces[True].slow
         costs: dict[int, float] = {}
         for threads in self.candidates:
@@ -157,14 +164,17 @@ class Tuner:
         seconds = self.costs.known(StepClass.of(threads, PREFILL_TOKENS, 0, context))
         return None if seconds is None else seconds * self._paces[True].slow.get(threads, 1.0)
 
-    def step_seconds(self, tokens: int, context: int) -> float | None:
-        """Of a step of so many tokens with logits for all, with the threads and the padding it would
-        have; None where no such step was measured."""
+    def step_seconds(self, tokens: int, context: int, *, is_padded: bool = True) -> float | None:
+        """Of a step of fewer than PREFILL_TOKENS tokens with logits for all, with the threads and, where
+        it may have any, the padding it would have; None where no such step was measured."""
+        if tokens >= PREFILL_TOKENS:
+            return None
+        sizes = padded_sizes(tokens, TILE, PREFILL_TOKENS - 1) if is_padded else (tokens,)
         slow = self._paces[False].slow
         found: list[float] = []
         for threads in self.candidates:
             now = StepClass.of(threads, 1, 1, context)
-            for size in padded_sizes(tokens, TILE, PREFILL_TOKENS - 1):
+            for size in sizes:
                 known = self.costs.known_at(StepClass.of(threads, size, size, context))
                 if known is None and size != tokens:
                     known = self.costs.known_at(StepClass.of(threads, size, tokens, context))

@@ -234,6 +234,8 @@ class Worker:
             command["eviction"] if runtime.facts.can.heavy_hitters else "streaming",
         )
         no_speculation = impossible(command["speculate"], runtime.facts, window, tuner)
+        is_asked_for = command["speculate"] not in ("auto", "off")
+        undrafted = [f"nothing is drafted: {no_speculation}"] if no_speculation and is_asked_for else []
         speculation: Speculation | None = None
         if tuner is not None and not no_speculation:
             speculation = Speculation.of(runtime.facts, window, tuner)
@@ -276,7 +278,7 @@ class Worker:
                 "cache_bytes": fit.cache_bytes,
                 "bos": tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else "",
                 "eos": tokenizer.text(tokenizer.eos) if tokenizer.eos is not None else "",
-                "warnings": [*fit.warnings, *facts.warnings],
+                "warnings": [*fit.warnings, *facts.warnings, *undrafted],
             }
         )
 

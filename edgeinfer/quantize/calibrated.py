@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgeinfer import __version__
 from edgeinfer.backend import LayeredModel
-from edgeinfer.errors import BackendUnavailable
+from edgeinfer.errors import BackendUnavailable, ModelFileInvalid
 from edgeinfer.quantize.calibration import TEXT_TOKENS, Calibration, read_calibration
 from edgeinfer.quantize.corrected import Correction, correct, name_in_layer
 from edgeinfer.quantize.finished_tensors import FinishedTensors
@@ -128,7 +128,12 @@ def fitted(
         say(f"going on from {folder.name}, where {len(finished)} tensors are finished")
     elif finished.has_discarded:
         say(f"{folder.name} was of another job (model, types, method or text): begun anew")
-    correct(of.source, types, of.model.layers, of.calibration.texts, forms, finished, how, progress)
+    texts = of.calibration.texts
+    try:
+        correct(of.source, types, of.model.layers, texts, forms, finished, how, progress)
+    except ModelFileInvalid:  # there is nothing to go on with
+        finished.remove()
+        raise
     unscaled = links_of(of.source.shape)[1]
     return finished, (said(unscaled),) if how.scales and unscaled else ()
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeinfer.errors import ModelError, UsageError
+from edgeinfer.errors import UsageError
 from edgeinfer_models.sole_use import InUse, sole_use
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ def kept_apart(folder: Path) -> Iterator[None]:
         with sole_use(folder / _LOCK, None):
             try:
                 yield
-            except ModelError:  # a model that is damaged has nothing to go on with
-                for each in folder.iterdir():
-                    if each.name != _LOCK:
-                        _remove(each)
-                raise
             finally:
                 if [each.name for each in folder.iterdir()] == [_LOCK]:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -56,6 +51,15 @@ def kept_apart(folder: Path) -> Iterator[None]:
         raise UsageError(
             f"{folder}: another edgeinfer is at work on this file; wait for it, or give another -o"
         ) from None
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether another process works in it."""
+    try:
+        with sole_use(folder / _LOCK, None):
+            return False
+    except InUse:
+        return True
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,16 @@ def test_the_model_that_is_read_is_never_replaced(
             assert done.code == 2
             assert "is of the model that is read" in done.error_line or "already" in done.error_line
         assert out.read_bytes() == before
+    # As the hub's cache has it: links to files that lie elsewhere.
+    blob = tmp_path / "blob"
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    for out in (weights, blob):
+        done = console("quantize", folder, "--type", "q4_0", "-o", out, "--force")
+        assert (done.code, "is of the model that is read" in done.error_line) == (2, True)
+    done = console("quantize", folder, "--type", "q4_0", "--report", folder / "config.json")
+    assert (done.code, "--report" in done.error_line) == (2, True)
+    assert blob.read_bytes()[:4] != b"GGUF" and json.loads((folder / "config.json").read_text())
     for out in (tmp_path, ""):
         done = console("quantize", folder, "--type", "q4_0", "-o", out, "--force")
         assert (done.code, "is a folder; give a file's name" in done.error_line) == (2, True)
@@ -96,6 +106,8 @@ def test_defaults_of_the_users_count_where_they_fit(
     assert console("quantize", folder, "--type", "f16", **defaults).code == 0
     options = ("--type", "q4_0", "--method", "rtn", "--no-report")
     done = console("quantize", folder, *options, **defaults)
+    assert done.code == 0, done.err
+    done = console("quantize", folder, "--type", "mlx-8bit", EDGEINFER_METHOD="qat", **defaults)
     assert done.code == 0, done.err
     done = console("quantize", folder, "--type", "nope", **defaults)
     assert "--type 'nope' is not one of" in done.error_line

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgeinfer.cli.quantized_file import FileOptions, write_file
-from edgeinfer.errors import QualityTooLow
+from edgeinfer.errors import ConversionFailed, QualityTooLow, UsageError
 from edgeinfer.measure import quantize_loss
 from edgeinfer.quantize import distillation
 from edgeinfer.quantize.finished_tensors import kept_apart
@@ -122,6 +122,19 @@ def test_what_is_gone_on_from_and_what_is_not_is_said(folder: Path, tmp_path: Pa
     assert len(said) == 2
     assert "going on from out.gguf.unfinished, where 14 tensors are finished" in said[0]
     assert "of another job" in said[1]
+
+
+def test_what_is_finished_outlives_what_goes_wrong_with_the_report(folder: Path, tmp_path: Path) -> None:
+    request = Request("q4_0", "gptq", tmp_path / "out.gguf", calibration_tokens=2048)
+    with pytest.raises(ConversionFailed), prepare(folder, request):
+        raise ConversionFailed("the disk is full")
+    assert (tmp_path / "out.gguf.unfinished" / "finished.jsonl").is_file()
+    mine = tmp_path / "out.gguf.unfinished" / "thesis.txt"
+    mine.write_text("mine")
+    (mine.parent / "job.json").unlink()
+    with pytest.raises(UsageError, match="was not made by edgeinfer"), prepare(folder, request):
+        pass
+    assert mine.read_text() == "mine"
 
 
 def test_a_damaged_model_leaves_nothing_beside_it(

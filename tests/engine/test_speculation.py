@@ -17,8 +17,9 @@ from edgeinfer.engine.draft import Draft, Outcome
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.request import Request, Text
 from edgeinfer.engine.speculation import Speculation, impossible
-from edgeinfer.engine.tuner import Tuner
+from edgeinfer.engine.tuner import Choice, Tuner
 from edgeinfer.engine.window import Window
+from edgeinfer.machine.step_cost import StepCosts
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.scripted import SCRIPTED_FILES, Script, ScriptedBackend
 from tests.engine.test_engine import Driver, asked, tokens_of
@@ -213,6 +214,53 @@ def test_steps_whose_cost_is_not_known_are_tried_where_a_draft_is_likely() -> No
     driver.run()
     tried = [size for size in asked_for if 1 < size <= 16]
     assert sorted(set(tried)) == sorted(tried) and set(tried) <= {4, 8, 16}
+
+
+def test_where_streams_have_passes_of_their_own_each_is_paid_for() -> None:
+    """One draft beside three plain streams: a pass of all four, and one of the rest of the draft."""
+    costs = {1: 1.0, 2: 1.6, 3: 2.1, 4: 2.0, 8: 3.0}
+
+    def speculation(*, has_passes: bool) -> Speculation:
+        return Speculation(lambda tokens, _: costs.get(tokens), 16, 512, has_passes=has_passes)
+
+    assert speculation(has_passes=True)._seconds_of([5, 1, 1, 1]) == 2.0 + 2.0
+    assert speculation(has_passes=False)._seconds_of([5, 1, 1, 1]) == 3.0
+    assert speculation(has_passes=True)._seconds_of([2, 2, 2, 2]) == 3.0  # all in one
+    assert speculation(has_passes=True)._seconds_of([4]) == 2.0
+    assert speculation(has_passes=True)._seconds_of([6, 1]) is None  # a pass of five
+
+
+def test_a_request_that_fails_in_a_step_leaves_the_others_their_rows() -> None:
+    requests = [
+        asked(tokens_of(number, 40), 200, sampling=SAMPLED, overflow="error" if number == 0 else "stop")
+        for number in range(3)
+    ]
+    drivers = [Driver(engine_of(None, sequences=3, context=120)) for _ in range(2)]
+    for driver in drivers:
+        for key, request in enumerate(requests if driver is drivers[0] else requests[1:], 0):
+            driver.submit(key, request)
+        driver.run()
+    both, others = drivers
+    assert both.end(0).error_type == "ContextFull"
+    assert [both.answer(1), both.answer(2)] == [others.answer(0), others.answer(1)]
+    assert both.engine.runtime.free_cells() >= 0
+
+
+def test_a_step_of_prefill_size_has_no_cost_here() -> None:
+    tuner = Tuner.of_padding(1, 1)
+    tuner.observe(Choice(1), 64, 64, 0, 0.64)
+    assert tuner.step_seconds(64, 0) is None
+    tuner.observe(Choice(1), 4, 4, 0, 0.02)
+    assert tuner.step_seconds(3, 0) == 0.02 and tuner.step_seconds(3, 0, is_padded=False) is None
+
+
+def test_threads_that_were_asked_for_stay_for_prompts_too() -> None:
+    costs = StepCosts()
+    tuner = Tuner(costs, (2,), (2, 4), lambda: None, is_fixed=True)
+    for seconds in (0.1, 0.1, 0.9, 0.9):
+        tuner.observe(Choice(2), 128, 1, 0, seconds)
+        tuner.observe(Choice(4), 128, 1, 0, 10 * seconds)
+        assert tuner.choose(128, 1, 0, 512).threads == 4
 
 
 @pytest.mark.parametrize(

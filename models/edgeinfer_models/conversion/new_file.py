@@ -127,20 +127,26 @@ def require_place(path: Path, source: Path, *, force: bool) -> None:
         raise UsageError(f"{path}: is a folder; give a file's name, for example {path / name}.gguf")
     if not os.path.lexists(path):
         return
-    if _belongs_to(path, source):
+    if belongs_to(path, source):
         raise UsageError(f"{path}: is of the model that is read; give another -o")
     if not force:
         raise exists(path)
 
 
-def _belongs_to(path: Path, source: Path) -> bool:
-    if source.is_dir():
-        return path.resolve().parent == source.resolve() and path.suffix.lower() != ".gguf"
+def belongs_to(path: Path, source: Path) -> bool:
+    """Whether a file is one of a model's own, by whatever name or link."""
     parts = [source]
     split = _SPLIT.search(source.name)
-    if split is not None:
+    if source.is_dir():
+        # A GGUF file in such a folder is something that was made of it.
+        parts = [each for each in source.rglob("*") if each.suffix.lower() != ".gguf"]
+    elif split is not None:
         parts += source.parent.glob(f"{glob.escape(source.name[: split.start()])}-*-of-{split[1]}.gguf")
-    return any(path.resolve() == part.resolve() for part in parts)
+    for part in parts:
+        with contextlib.suppress(OSError):  # one of them is not there
+            if part.is_file() and part.samefile(path):
+                return True
+    return False
 
 
 def exists(path: Path) -> UsageError:
