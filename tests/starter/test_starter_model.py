@@ -296,10 +296,17 @@ def test_a_card_that_this_build_cannot_use_is_one_warning_at_load(
     assert "make setup ACCEL=cuda" in said[0][0]
 
 
-def test_fixed_threads_are_measured_by_nobody(starter: Path) -> None:
-    with LocalClient(
-        OpenOptions(model=str(starter), kv_type_k="f16", kv_type_v="f16", context=1024, threads=1)
-    ) as client:
-        client.load()
-        client.start(Request(prompt="Hi", max_tokens=3, sampling=GREEDY)).result()
-    assert not (Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs").exists()
+def test_threads_that_were_asked_for_are_measured_alone_and_only_to_weigh_drafts(
+    starter: Path,
+) -> None:
+    costs = Path(os.environ["EDGEINFER_CACHE_DIR"]) / "step-costs"
+    options = OpenOptions(
+        model=str(starter), kv_type_k="f16", kv_type_v="f16", context=1024, threads=1, speculate="off"
+    )
+    for each in (options, replace(options, speculate="auto")):
+        assert not costs.exists()
+        with LocalClient(each) as client:
+            client.load()
+            client.start(Request(prompt="Hi", max_tokens=3, sampling=GREEDY)).result()
+    (path,) = costs.glob("*.json")
+    assert {row[0] for row in json.loads(path.read_text())["costs"]} == {1}
