@@ -140,7 +140,7 @@ def read_exit_file(path: Path) -> ExitFile:
     if not 1 <= layer <= _MOST_LAYERS or not 1 <= new_layers <= _MOST_LAYERS:
         raise _damaged(path, f"it lies after layer {layer} and has {new_layers} of its own")
     names = {tensor.name for tensor in header.tensors}
-    numbers = {int(name.split(".")[1]) for name in names if _is_of_layer(name)}
+    numbers = {int(name.split(".")[1]) for name in names if is_of_layer(name)}
     if numbers != set(range(new_layers)) or "output_norm.weight" not in names:
         raise _damaged(path, "tensors of its layers are missing")
     told: Any = {}
@@ -176,7 +176,7 @@ def require_exit_of(exit_file: ExitFile, model: GgufHeader) -> None:
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     for tensor in exit_file.header.tensors:
         own = tensor.name
-        if _is_of_layer(own):
+        if is_of_layer(own):
             own = ".".join(["blk", "0", *own.split(".")[2:]])
         if shapes.get(own) != tensor.shape:
             raise _damaged(exit_file.path, f"tensor '{tensor.name[:60]}' is not of the model's shape")
@@ -199,7 +199,7 @@ def _norm_bytes(header: GgufHeader, name: str) -> bytes:
     return to_float32(raw.view(held), tensor.type_name).astype("<f4").tobytes()
 
 
-def _is_of_layer(name: str) -> bool:
+def is_of_layer(name: str) -> bool:
     parts = name.split(".")
     return len(parts) > 2 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit()
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-_OF_SPLITS = ("split.no", "split.count", "split.tensors.count")
+OF_SPLITS = ("split.no", "split.count", "split.tensors.count")
 # Of the rounding before this one.
 _OF_IMATRIX = tuple(
     f"quantize.imatrix.{what}" for what in ("file", "dataset", "entries_count", "chunks_count")
@@ -118,7 +118,7 @@ def rewritten_head(
     header: GgufHeader, types: Mapping[str, str | None], entries: Mapping[str, bytes]
 ) -> bytes:
     """Everything in front of the tensors' data. entries: of the metadata that are said anew, by key."""
-    kept = _raw_entries(header.path, {*_OF_SPLITS, *_OF_IMATRIX, *entries})
+    kept = raw_entries(header.path, {*OF_SPLITS, *_OF_IMATRIX, *entries})
     tensors = [
         TensorEntry(
             tensor.name,
@@ -131,7 +131,7 @@ def rewritten_head(
     return head([*kept, *entries.values()], tensors, header.alignment)
 
 
-def _raw_entries(path: Path, dropped: Container[str]) -> list[bytes]:
+def raw_entries(path: Path, dropped: Container[str]) -> list[bytes]:
     """The metadata as they lie in a file whose header was checked, but for some."""
     found: list[bytes] = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
