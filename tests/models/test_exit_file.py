@@ -62,7 +62,7 @@ def test_every_quantization_is_the_same_model_and_another_seed_is_not(
         opened(model.path), model.path, "q8_0", tmp_path / "small.gguf", force=False
     )
     quantize(plan)
-    assert fingerprint(read_gguf_header(small)) == fingerprint(model)
+    assert fingerprint(read_gguf_header(tmp_path / "small.gguf")) == fingerprint(model)
     write_tiny_gguf(tmp_path / "other.gguf", seed=7)
     other = read_gguf_header(tmp_path / "other.gguf")
     with pytest.raises(UnsupportedModel, match="is the exit of another model"):
