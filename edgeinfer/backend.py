@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.model_files import ModelFiles
@@ -99,7 +99,6 @@ class Capabilities:
     embeddings: bool = False
     abort: bool = False  # a running step can be interrupted
     threads: bool = True  # `set_threads` changes how many threads compute
-    draft: bool = False  # early-exit or other drafting inside the runtime
     layers: bool = False  # run, capture, replace, differentiate one layer
     heavy_hitters: bool = False  # `evict_lightest`
 
@@ -451,12 +450,6 @@ class KvSpeed:
     prefill: float
 
 
-class Drafter(Protocol):
-    """Guesses the next tokens (lookup, exit, or another model). Optional capability `draft`."""
-
-    def propose(self, sequence: int, hidden: Any | None) -> Sequence[int]: ...
-
-
 class Backend(ABC):
     """Found by name through the entry points `edgeinfer.backends`."""
 
@@ -466,6 +459,7 @@ class Backend(ABC):
     loads_as: tuple[LoadAs, ...] = ("auto",)  # what `RuntimeSettings.load_as` can be
     compiles: bool = False  # heeds `RuntimeSettings.compiled`
     counts_attention: bool = False  # heeds `RuntimeSettings.heavy_hitters`
+    runs_exits: bool = False  # has `load_exit`
     # `model_type` of config.json of the safetensors it opens, and `quant_method` of those that other
     # tools packed; None: any that can be converted.
     model_types: frozenset[str] | None = None
@@ -527,6 +521,15 @@ class Backend(ABC):
         """Those of the environment that change what a KV cache holds: what was found with others does
         not hold with these."""
         return {}
+
+    def load_exit(
+        self, files: ModelFiles, exit_path: Path, settings: RuntimeSettings, folder: Path
+    ) -> Runtime:
+        """A model's early exit as a runtime of its own: the model's tokens go in, and the logits that
+        come out are of the exit's kept tokens, in their order. folder: for what is put together for it.
+        Raises UnsupportedModel where it is another model's or the model can have none, ModelFileInvalid,
+        LoadFailed, and NotImplementedError where not `runs_exits`."""
+        raise NotImplementedError
 
     @abstractmethod
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:

@@ -40,6 +40,7 @@ KEYS: Mapping[str, Kind] = {
     "sinks": "whole",
     "eviction": "text",
     "speculate": "text",
+    "draft": "text",
     "load-as": "text",
     "compile": "switch",
     "overflow": "text",

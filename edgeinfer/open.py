@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING
 from edgeinfer.backend import LoadAs, MemoryItem, RuntimeSettings
 from edgeinfer.backend_choice import AUTO, choose_backend
 from edgeinfer.engine.disk_cache import prompts_folder
+from edgeinfer.engine.draft_source import DraftSource
 from edgeinfer.engine.process import LoadCommand
 from edgeinfer.engine.speculation import Speculate
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
-from edgeinfer.errors import UsageError
+from edgeinfer.errors import ModelError, ModelNotFound, UsageError
 from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer.machine.probe import default_threads
 from edgeinfer.opened_form import Converting, in_its_form, predicted_form
 from edgeinfer.registry import get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
+from edgeinfer_models.exit_file import SUFFIX as EXIT_SUFFIX
+from edgeinfer_models.exit_file import fingerprint, read_exit_file
 from edgeinfer_models.ggml_types import KV_TYPES
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.resolve import ResolvedModel, resolve_model
+from edgeinfer_models.store import data_folder
 
 if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
@@ -56,6 +60,7 @@ class OpenOptions:
     sinks: int = DEFAULT_SINKS  # of them, the first ones, which stay when old ones leave
     eviction: Eviction = "streaming"  # what leaves
     speculate: Speculate = "auto"  # who guesses tokens that the model then checks
+    draft: str | None = None  # the model that does, or the file of an exit
     load_as: LoadAs = "auto"  # in what weights are held, where a backend can choose
     compiled: bool = False  # compile a step, where a backend can
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -154,6 +159,8 @@ def plan_open(
         sinks=options.sinks,
         eviction=options.eviction,
         speculate=options.speculate,
+        draft=_draft_source(options, resolved, warnings, pull_missing),
+        drafts_folder=str(costs_folder().parent / "drafts"),
         costs_folder=str(costs_folder()),
         tunes_threads=not (options.threads or options.threads_batch),
     )
@@ -186,6 +193,66 @@ def _plan_scripted(options: OpenOptions) -> OpenPlan:
     )
     template = TemplateSource(FALLBACKS["chatml"], "fallback", bos="", eos="<|im_end|>", name="chatml")
     return OpenPlan(files.name, "", command, template, tuple(_sinks_warnings(options)))
+
+
+def _draft_source(
+    options: OpenOptions,
+    resolved: ResolvedModel,
+    warnings: list[str],
+    pull_missing: Callable[[str], None] | None,
+) -> DraftSource | None:
+    """Who drafts beside lookups. What is wrong with an exit is a warning: answers come without it.
+    Raises UsageError, ModelError for a model that is not there."""
+    if options.speculate in ("off", "lookup"):
+        return None
+    if options.speculate == "draft" and options.draft is None:
+        raise UsageError("--speculate draft: name the model that drafts with --draft MODEL")
+    if options.draft is None or options.draft.endswith(EXIT_SUFFIX):
+        path = Path(options.draft).expanduser() if options.draft else find_exit(resolved)
+        if path is None:
+            return None
+        try:
+            read_exit_file(path)
+        except ModelNotFound:
+            raise
+        except ModelError as error:
+            warnings.append(f"drafts are without the exit: {error}")
+            return None
+        return DraftSource(exit_path=path)
+    found = resolve_model(options.draft, pull_missing=pull_missing)
+    if found.files.format != resolved.files.format:
+        warnings.append(
+            f"drafts are without {found.files.name}: it is in another form ({found.files.format}) than"
+            f" {resolved.files.name} ({resolved.files.format})"
+        )
+        return None
+    return DraftSource(files=found.files, config=found.config)
+
+
+def find_exit(resolved: ResolvedModel) -> Path | None:
+    """Beside the model's file and named like it, or among the user's exits and made for it."""
+    model = resolved.files.paths[0]
+    if resolved.files.format != "gguf" or resolved.header is None:
+        return None
+    beside = model.with_name(model.name.removesuffix(".gguf") + EXIT_SUFFIX)
+    if beside.is_file():
+        return beside
+    folder = exits_folder()
+    names = sorted(folder.glob(f"*{EXIT_SUFFIX}")) if folder.is_dir() else []
+    return next((path for path in names if _is_of(path, resolved)), None)
+
+
+def _is_of(path: Path, resolved: ResolvedModel) -> bool:
+    if resolved.header is None:
+        return False
+    try:
+        return read_exit_file(path).fingerprint == fingerprint(resolved.header)
+    except (ModelError, OSError):
+        return False
+
+
+def exits_folder() -> Path:
+    return data_folder() / "exits"
 
 
 def check_choices(

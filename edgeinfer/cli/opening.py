@@ -40,6 +40,7 @@ def open_options(
     sinks: int = 4,
     eviction: str = "streaming",
     speculate: str = "auto",
+    draft: str | None = None,
     load_as: str = "auto",
     compile: bool = False,
     cache_ram: str,
@@ -76,6 +77,7 @@ def open_options(
         sinks=sinks,
         eviction=_one_of("--eviction", eviction, EVICTIONS),
         speculate=_one_of("--speculate", speculate, SPECULATE),
+        draft=draft,
         load_as=_one_of("--load-as", load_as, LOAD_AS),
         compiled=compile,
         cache_bytes=0 if no_cache else parse_size("--cache-ram", cache_ram),
@@ -87,7 +89,7 @@ def open_options(
 # What only the one who loads a model can choose.
 _LOADING = (
     *("backend", "ctx", "threads", "gpu_layers", "kv_type", "kv_type_k", "kv_type_v", "cache_ram"),
-    *("window", "sinks", "eviction", "speculate", "load_as", "compile", "overflow"),
+    *("window", "sinks", "eviction", "speculate", "draft", "load_as", "compile", "overflow"),
     *("cache_disk", "cache_dir", "no_cache"),
 )
 

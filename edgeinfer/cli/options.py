@@ -168,8 +168,19 @@ Speculate = Annotated[
     _option(
         "speculate",
         "Guess the next tokens and check several in one step, where that is measured to be faster; the"
-        " answer stays what it is. lookup: copied from the conversation; auto: whatever there is; off.",
+        " answer stays what it is. lookup: copied from the conversation; exit: by the model's early"
+        " exit; draft: by the model that --draft names; auto: whatever there is; off.",
         "HOW",
+        _MODEL,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    _option(
+        "draft",
+        "A smaller model with the same tokenizer, which guesses tokens; or the file of an exit"
+        " (NAME.exit.gguf). Default: the exit that lies beside the model, if there is one.",
+        "MODEL",
         _MODEL,
     ),
 ]

@@ -48,3 +48,32 @@ def share_out(
     if not any(best):
         return best, 1.0
     return best, best_rate * plain / len(odds)
+
+
+def planned_length(
+    odds: Sequence[float],
+    drafting: int,
+    sequences: int,
+    seconds: Callable[[Sequence[int]], float | None],
+    draft_s: float,
+) -> tuple[int, float]:
+    """How many tokens a model is to draft for each of `drafting` of the `sequences` that run, and the
+    seconds that such a step saves; (0, 0.0) where no number promises LEAST_GAIN. odds: of each token of
+    a draft, where all before it are right. draft_s: of one step of the model that drafts."""
+    plain = seconds([1] * sequences)
+    if plain is None:
+        return 0, 0.0
+    best, most = 0, 0.0
+    whole, accepted = 1.0, 0.0
+    for number, own in enumerate(odds, start=1):
+        whole *= own
+        accepted += whole
+        checking = seconds([1 + number] * drafting + [1] * (sequences - drafting))
+        if checking is None:
+            continue
+        cost = checking + number * draft_s
+        brought = sequences + drafting * accepted
+        saved = brought * plain / sequences - cost
+        if saved > most and brought * plain > LEAST_GAIN * cost * sequences:
+            best, most = number, saved
+    return best, most

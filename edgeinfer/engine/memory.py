@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,10 +99,14 @@ def room_here(devices: tuple[Device, ...]) -> Room:
     )
 
 
-def report_memory(name: str, ledger: MemoryLedger, runtime: Runtime) -> MemoryReport:
-    """Compare, and log it: a line at INFO, a warning where the prediction was far off."""
+def report_memory(
+    name: str, ledger: MemoryLedger, runtime: Runtime, drafting: Sequence[MemoryItem] = ()
+) -> MemoryReport:
+    """Compare, and log it: a line at INFO, a warning where the prediction was far off. drafting: what
+    was allocated for drafts, of which nothing was predicted."""
     resident = resident_bytes()
-    uses = ledger.compared(runtime.memory())
+    ledger = MemoryLedger((*ledger.items, *drafting))
+    uses = ledger.compared((*runtime.memory(), *drafting))
     predicted = ledger.total("cpu")
     for use in uses:
         log.info("%s", use)

@@ -18,10 +18,18 @@ from queue import SimpleQueue
 from typing import Any
 
 from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.draft_source import DraftSource
 from edgeinfer.engine.request import Event, Request
 from edgeinfer.engine.speculation import Speculate
 from edgeinfer.engine.window import DEFAULT_SINKS, Eviction
-from edgeinfer.engine.wire import encoded, event_from_wire, receive, request_to_wire
+from edgeinfer.engine.wire import (
+    draft_to_wire,
+    encoded,
+    event_from_wire,
+    files_to_wire,
+    receive,
+    request_to_wire,
+)
 from edgeinfer.errors import EdgeInferError, RequestFailed, WorkerDied, error_from_wire
 from edgeinfer.machine.ledger import Automatic
 from edgeinfer_models.config import ModelConfig
@@ -54,6 +62,8 @@ class LoadCommand:
     sinks: int = DEFAULT_SINKS
     eviction: Eviction = "streaming"
     speculate: Speculate = "auto"
+    draft: DraftSource | None = None  # who drafts beside lookups
+    drafts_folder: str = ""  # for what is put together of exits
     cache_disk_bytes: int = 0
     cache_folder: str = ""  # of the prompt cache on disk
     costs_folder: str = ""  # of what was measured of this machine; "": nothing is
@@ -134,13 +144,7 @@ class EngineProcess:
                 "cmd": "load",
                 "id": load_id,
                 "backend": command.backend,
-                "files": {
-                    "name": files.name,
-                    "paths": [str(path) for path in files.paths],
-                    "format": files.format,
-                    "digest": files.digest,
-                    "weight_types": files.weight_types,
-                },
+                "files": files_to_wire(files),
                 "settings": asdict(command.settings),
                 "max_running": command.max_running,
                 "cache_bytes": command.cache_bytes,
@@ -152,6 +156,8 @@ class EngineProcess:
                 "sinks": command.sinks,
                 "eviction": command.eviction,
                 "speculate": command.speculate,
+                "draft": None if command.draft is None else draft_to_wire(command.draft),
+                "drafts_folder": command.drafts_folder,
                 "costs_folder": command.costs_folder,
                 "tunes_threads": command.tunes_threads,
             }

@@ -13,20 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter
+from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter, Outcome
 from edgeinfer.engine.draft_lengths import LEAST_GAIN, share_out
 from edgeinfer.engine.lookup import Lookup
+from edgeinfer.engine.model_drafting import ModelDrafting
 from edgeinfer.engine.request import SpeculationStats
 from edgeinfer.machine.step_cost import CONTEXT_BUCKET, PREFILL_TOKENS
 
 if TYPE_CHECKING:
-    from edgeinfer.backend import RuntimeFacts
+    from edgeinfer.backend import Runtime, RuntimeFacts
+    from edgeinfer.engine.draft_model import DraftModel
     from edgeinfer.engine.sequence import RunningRequest
     from edgeinfer.engine.tuner import Tuner
     from edgeinfer.engine.window import Window
 
-Speculate = Literal["auto", "off", "lookup"]
-SPECULATE: tuple[Speculate, ...] = ("auto", "off", "lookup")
+Speculate = Literal["auto", "off", "lookup", "exit", "draft"]
+SPECULATE: tuple[Speculate, ...] = ("auto", "off", "lookup", "exit", "draft")
 # Seconds of a step of so many tokens, with logits for all, at a context of so many; None: not known.
 StepSeconds = Callable[[int, int], float | None]
 
@@ -49,6 +51,8 @@ class _Drafting:
     num_seen: int = 0  # tokens of the answer that the drafter was told
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     had_proposal: bool = False
+    mode: str = "lookup"  # of what the next step checks
+    drafting_s: float = 0.0  # that it took, where that was not nothing
     saved_s: float = 0.0  # by drafts, as far as it is known what steps without them take
 
 
@@ -67,21 +71,38 @@ def impossible(speculate: Speculate, facts: RuntimeFacts, window: Window, tuner:
     return ""
 
 
+class _Nobody:
+    """Drafts nothing."""
+
+    def append(self, token: int) -> Outcome | None:
+        return None
+
+    def propose(self, most: int) -> Draft:
+        return NO_DRAFT
+
+
+def _no_drafter(_prompt: Sequence[int]) -> Drafter:
+    return _Nobody()
+
+
 class Speculation:
     def __init__(
         self,
         seconds: StepSeconds,
         most_step_tokens: int,
         most_positions: int,
-        drafter: Callable[[Sequence[int]], Drafter] = Lookup,
+        drafter: Callable[[Sequence[int]], Drafter] | None = Lookup,
         *,
         has_passes: bool = False,
     ) -> None:
         """most_step_tokens: of a step, so that its results are those of one token at a time.
-        most_positions: of a sequence. drafter: made for a request, from its prompt. has_passes: a step
+        most_positions: of a sequence. drafter: made for a request, from its prompt; None: none.
+        has_passes: a step
         whose sequences have different numbers of tokens goes through the weights several times, each
         time with as many tokens of each that has any left."""
         self._drafter = drafter
+        self._model: ModelDrafting | None = None
+        self.no_model = ""  # why there is none, where one was thought of
         self._seconds = seconds
         self._most_step_tokens = most_step_tokens
         self._most_positions = most_positions
@@ -93,9 +114,13 @@ class Speculation:
         self._curve_age = _FRESH_STEPS
         self._tries: dict[tuple[int, int], int] = {}  # by bucket of context and size of step
         self._held = 0
+        self._model_asked: list[int] = []  # keys of those for whom it drafted last
 
     @classmethod
-    def of(cls, facts: RuntimeFacts, window: Window, tuner: Tuner) -> Speculation:
+    def of(
+        cls, runtime: Runtime, window: Window, tuner: Tuner, *, has_lookup: bool = True
+    ) -> Speculation:
+        facts = runtime.facts
         # Larger ones are counted as prefill.
         most = min(facts.max_step_tokens, facts.max_logit_rows, PREFILL_TOKENS - 1)
         if facts.stable_chunk_tokens > 1:
@@ -105,7 +130,22 @@ class Speculation:
         def seconds(tokens: int, context: int) -> float | None:
             return tuner.step_seconds(tokens, context, is_padded=not is_private)
 
-        return cls(seconds, most, window.size, has_passes=is_private)
+        drafter = Lookup if has_lookup else None
+        return cls(seconds, most, window.size, drafter, has_passes=is_private)
+
+    def use_model(
+        self,
+        model: DraftModel,
+        typical: Sequence[float] = (),
+        threads: Callable[[], int] | None = None,
+    ) -> None:
+        """Let it draft where the drafter has nothing. typical, threads: see ModelDrafting."""
+        self._model = ModelDrafting(model, self.seconds_of, typical, threads)
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model.close()
+            self._model = None
 
     def choose(self, running: Sequence[RunningRequest]) -> None:
         """Set the `draft` of each, all of which decode."""
@@ -115,15 +155,17 @@ class Speculation:
         if self._held:
             self._held -= 1
             drafts = [NO_DRAFT] * len(running)
+        elif self._model is not None:
+            self._ask_model(self._model, running, drafts)
         if not any(drafts):
             for each in running:
                 each.draft = ()
             return
         odds = [
-            self._requests[each.key].acceptance.of(draft, LEAST_ODDS)
+            self._acceptance(each).of(draft, LEAST_ODDS)
             for each, draft in zip(running, drafts, strict=True)
         ]
-        lengths, _ = share_out(odds, self._seconds_of, self._most_step_tokens)
+        lengths, _ = share_out(odds, self.seconds_of, self._most_step_tokens)
         if not any(lengths):
             lengths = self._tried(odds)
         for each, draft, length in zip(running, drafts, lengths, strict=True):
@@ -135,7 +177,9 @@ class Speculation:
 
     def checks(self, running: RunningRequest, drafted: int) -> None:
         stats = self._requests[running.key].stats
-        stats.mode = "lookup"
+        mode = self._requests[running.key].mode
+        if mode not in stats.mode.split("+"):
+            stats.mode = mode if stats.mode == "none" else f"{stats.mode}+{mode}"
         stats.steps += 1
         stats.drafted += drafted
 
@@ -147,6 +191,9 @@ class Speculation:
         plain = self._step_seconds(len(brought))
         if plain is None:
             return
+        if self._model is not None and self._model_asked:
+            asked = sum(brought.get(key, 0) - 1 for key in self._model_asked)
+            self._model.earned(plain - seconds + asked * plain / len(brought))
         for key, tokens in brought.items():
             own = self._requests.get(key)
             if own is not None:  # else it ended with this step
@@ -155,21 +202,34 @@ class Speculation:
     def end(self, running: RunningRequest) -> SpeculationStats:
         """What drafts did for a request."""
         own = self._requests.pop(running.key, None)
+        if self._model is not None:
+            self._model.end(running)
         if own is None:
             return SpeculationStats(reason="the answer was too short for a draft")
         if own.stats.steps:
             took_s = running.last_token - running.first_token
-            own.stats.speedup = max(0.0, (took_s + own.saved_s) / took_s) if took_s > 0 else 1.0
+            saved_s = own.saved_s - own.drafting_s
+            own.stats.speedup = max(0.0, (took_s + saved_s) / took_s) if took_s > 0 else 1.0
             return own.stats
+        self._say_why(own)
+        return own.stats
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _say_why(self, own: _Drafting) -> None:
+        """Nothing was drafted for a request."""
+        about_model = self._model.reason() if self._model is not None else self.no_model
+        if self._drafter is None:
+            own.stats.reason = about_model
+            return
         if own.had_proposal and None in (self._step_seconds(1), self._step_seconds(TRIED[0])):
             own.stats.reason = "what steps of several tokens cost here is not measured yet"
         elif own.had_proposal:
             own.stats.reason = "checking what could be copied would have taken longer than it saves"
         else:
             own.stats.reason = "the answer repeats nothing"
-        return own.stats
-
-    # -- parts -----------------------------------------------------------------------------------
+        if about_model:
+            own.stats.reason += f"; {about_model}"
 
     def _tried(self, odds: Sequence[Sequence[float]]) -> list[int]:
         """Lengths that make a step whose cost is not known, where the likeliest of the drafts is worth
@@ -181,7 +241,7 @@ class Speculation:
             if not 0 < length <= len(odds[best]) or size > self._most_step_tokens:
                 continue
             wanted = [1 + length if which == best else 1 for which in range(len(odds))]
-            if self._seconds_of(wanted) is not None:
+            if self.seconds_of(wanted) is not None:
                 continue
             if math.prod(odds[best][:length]) < WORTH_A_TRY:
                 break
@@ -194,7 +254,7 @@ class Speculation:
             break
         return lengths
 
-    def _seconds_of(self, tokens: Sequence[int]) -> float | None:
+    def seconds_of(self, tokens: Sequence[int]) -> float | None:
         """Of a step of so many tokens of each sequence; None: not known."""
         if not self._has_passes or len(tokens) == 1:
             return self._step_seconds(sum(tokens))
@@ -229,21 +289,48 @@ class Speculation:
     def _place(self, size: int) -> tuple[int, int]:
         return self._context // CONTEXT_BUCKET, size
 
+    def _acceptance(self, running: RunningRequest) -> Acceptance:
+        """Of what drafts for it now."""
+        own = self._requests[running.key]
+        if self._model is not None and own.mode == self._model.mode:
+            return self._model.acceptance(running)
+        return own.acceptance
+
+    def _ask_model(
+        self, model: ModelDrafting, running: Sequence[RunningRequest], drafts: list[Draft]
+    ) -> None:
+        """Put drafts where there are none."""
+        most = {}
+        for index, each in enumerate(running):
+            self._requests[each.key].mode = "lookup"
+            if not drafts[index] and (room := self._most(each)) > 0:
+                most[index] = min(room, self._most_step_tokens - len(running))
+        found, seconds = model.drafts(running, most)
+        self._model_asked = [running[index].key for index in found]
+        for index, draft in found.items():
+            own = self._requests[running[index].key]
+            drafts[index], own.mode = draft, model.mode
+            own.drafting_s += seconds / len(found)
+
+    def _most(self, running: RunningRequest) -> int:
+        """Tokens of a draft that it has room for."""
+        positions = self._most_positions
+        left = running.tokens_left(positions) - 1
+        return min(MOST_DRAFTED, left, positions - running.num_computed - 1)
+
     def _proposal(self, running: RunningRequest, least: float) -> Draft:
         """least: odds that its first token must have."""
         own = self._requests.get(running.key)
         if own is None:
-            own = _Drafting(self._drafter(running.prompt), Acceptance(TYPICAL))
+            drafter = self._drafter or _no_drafter
+            own = _Drafting(drafter(running.prompt), Acceptance(TYPICAL))
             self._requests[running.key] = own
         for token in running.answered[own.num_seen :]:
             outcome = own.drafter.append(token)
             if outcome is not None:
                 own.acceptance.learn(outcome)
         own.num_seen = running.num_answered
-        positions = self._most_positions
-        most = min(
-            MOST_DRAFTED, running.tokens_left(positions) - 1, positions - running.num_computed - 1
-        )
+        most = self._most(running)
         first = own.drafter.propose(min(most, 1))
         if not first:
             return NO_DRAFT

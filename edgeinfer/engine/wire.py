@@ -10,9 +10,11 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import IO, Any
 
 from edgeinfer.constraint import Constraint
+from edgeinfer.engine.draft_source import DraftSource
 from edgeinfer.engine.request import (
     CacheStats,
     Embedded,
@@ -33,6 +35,7 @@ from edgeinfer.engine.request import (
 from edgeinfer.errors import WorkerDied
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_models.config import ModelConfig, WeightGroup
+from edgeinfer_models.model_files import ModelFiles
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 30
@@ -188,3 +191,39 @@ def stats_from_wire(data: Mapping[str, Any]) -> RunStats:
         for field in fields(RunStats)
     }
     return RunStats(**values)
+
+
+def files_to_wire(files: ModelFiles) -> dict[str, Any]:
+    return {
+        "name": files.name,
+        "paths": [str(path) for path in files.paths],
+        "format": files.format,
+        "digest": files.digest,
+        "weight_types": files.weight_types,
+    }
+
+
+def files_from_wire(data: Mapping[str, Any]) -> ModelFiles:
+    return ModelFiles(
+        data["name"],
+        tuple(Path(path) for path in data["paths"]),
+        data["format"],
+        data["digest"],
+        tuple((name, num_bytes) for name, num_bytes in data["weight_types"]),
+    )
+
+
+def draft_to_wire(draft: DraftSource) -> dict[str, Any]:
+    return {
+        "exit_path": None if draft.exit_path is None else str(draft.exit_path),
+        "files": None if draft.files is None else files_to_wire(draft.files),
+        "config": None if draft.config is None else asdict(draft.config),
+    }
+
+
+def draft_from_wire(data: Mapping[str, Any]) -> DraftSource:
+    return DraftSource(
+        None if data["exit_path"] is None else Path(data["exit_path"]),
+        None if data["files"] is None else files_from_wire(data["files"]),
+        None if data["config"] is None else config_from_wire(data["config"]),
+    )

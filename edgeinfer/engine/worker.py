@@ -30,19 +30,27 @@ from typing import Any, BinaryIO
 from edgeinfer.backend import BLOCK_TOKENS, Runtime, RuntimeSettings
 from edgeinfer.constraint import Constraint
 from edgeinfer.engine.disk_cache import DiskCache
+from edgeinfer.engine.drafting import Drafting, Target
 from edgeinfer.engine.engine import Engine, Events
 from edgeinfer.engine.grammar import Matcher
 from edgeinfer.engine.measured_costs import MeasuredCosts
 from edgeinfer.engine.memory import load_fitted, report_memory
 from edgeinfer.engine.request import Ended, Queued, RunStats, Started
-from edgeinfer.engine.speculation import Speculation, impossible
 from edgeinfer.engine.tuner import Tuner
 from edgeinfer.engine.window import Window
-from edgeinfer.engine.wire import config_from_wire, event_to_wire, receive, request_from_wire, send
+from edgeinfer.engine.wire import (
+    config_from_wire,
+    draft_from_wire,
+    event_to_wire,
+    files_from_wire,
+    receive,
+    request_from_wire,
+    send,
+)
 from edgeinfer.errors import EdgeInferError, LoadFailed, PromptTooLong, RequestFailed
 from edgeinfer.machine.ledger import Automatic
+from edgeinfer.machine.probe import probe_machine
 from edgeinfer.registry import get_backend
-from edgeinfer_models.model_files import ModelFiles
 
 PROGRESS_INTERVAL_S = 0.03
 # A fast answer's text is told so far apart: every write wakes the owner, on a core that a decode thread
@@ -77,6 +85,7 @@ class Worker:
         self._load_cancelled = False
         self._is_saving = False
         self._costs: MeasuredCosts | None = None
+        self._drafting: Drafting | None = None
 
     # -- the main thread -------------------------------------------------------------------------
 
@@ -122,7 +131,9 @@ class Worker:
         """Do a piece of what nobody waits for; False if there is none."""
         if self._engine is not None and self._engine.use_idle():
             return True
-        return self._costs is not None and self._costs.use_idle()
+        if self._costs is not None and self._costs.use_idle():
+            return True
+        return self._drafting is not None and self._drafting.decide()
 
     def _obey(self, command: Mapping[str, Any]) -> None:
         kind = command["cmd"]
@@ -180,21 +191,15 @@ class Worker:
                 self._send({"ev": "progress", "fraction": fraction})
             return not self._load_cancelled
 
-        wire = command["files"]
-        files = ModelFiles(
-            wire["name"],
-            tuple(Path(p) for p in wire["paths"]),
-            wire["format"],
-            wire["digest"],
-            tuple((name, num_bytes) for name, num_bytes in wire["weight_types"]),
-        )
+        files = files_from_wire(command["files"])
         settings = dict(command["settings"])
         settings["adapters"] = tuple((path, scale) for path, scale in settings["adapters"])
         config = None if command["config"] is None else config_from_wire(command["config"])
         try:
             folder = Path(command["costs_folder"]) if command["costs_folder"] else None
+            backend = get_backend(command["backend"])
             fit, runtime = load_fitted(
-                get_backend(command["backend"]),
+                backend,
                 files,
                 config,
                 RuntimeSettings(**settings),
@@ -233,12 +238,14 @@ class Worker:
             command["sinks"],
             command["eviction"] if runtime.facts.can.heavy_hitters else "streaming",
         )
-        no_speculation = impossible(command["speculate"], runtime.facts, window, tuner)
-        is_asked_for = command["speculate"] not in ("auto", "off")
-        undrafted = [f"nothing is drafted: {no_speculation}"] if no_speculation and is_asked_for else []
-        speculation: Speculation | None = None
-        if tuner is not None and not no_speculation:
-            speculation = Speculation.of(runtime.facts, window, tuner)
+        num_layers = config.num_layers if config is not None else 0
+        self._drafting = drafting = Drafting(
+            command["speculate"],
+            None if command["draft"] is None else draft_from_wire(command["draft"]),
+            Target(backend, files, num_layers, fit.settings, runtime, window, tuner),
+            Path(command["drafts_folder"]),
+            lambda: probe_machine().available_bytes,
+        )
         self._engine = Engine(
             runtime,
             model=files.name,
@@ -248,13 +255,13 @@ class Worker:
             window=window,
             tell_interval_s=TELL_INTERVAL_S,
             tuner=tuner,
-            speculation=speculation,
-            no_speculation=no_speculation or "none",
+            speculation=drafting.speculation,
+            no_speculation=drafting.reason or "none",
         )
         # What is here now stays; a full collection in the middle of an answer need not look at it.
         gc.collect()
         gc.freeze()
-        memory = report_memory(files.name, fit.ledger, runtime)
+        memory = report_memory(files.name, fit.ledger, runtime, drafting.memory)
         facts = runtime.facts
         tokenizer = runtime.tokenizer
         self._send(
@@ -278,7 +285,7 @@ class Worker:
                 "cache_bytes": fit.cache_bytes,
                 "bos": tokenizer.text(tokenizer.bos) if tokenizer.bos is not None else "",
                 "eos": tokenizer.text(tokenizer.eos) if tokenizer.eos is not None else "",
-                "warnings": [*fit.warnings, *facts.warnings, *undrafted],
+                "warnings": [*fit.warnings, *facts.warnings, *drafting.warnings],
             }
         )
 
@@ -305,6 +312,9 @@ class Worker:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             engine.close(SAVE_S)
+        if self._drafting is not None:
+            self._drafting.close()
+            self._drafting = None
 
     def _load_failed(self, command: Mapping[str, Any], kind: str, message: str) -> None:
         self._send({"ev": "load_failed", "id": command["id"], "type": kind, "error": message})

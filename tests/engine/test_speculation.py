@@ -223,11 +223,11 @@ def test_where_streams_have_passes_of_their_own_each_is_paid_for() -> None:
     def speculation(*, has_passes: bool) -> Speculation:
         return Speculation(lambda tokens, _: costs.get(tokens), 16, 512, has_passes=has_passes)
 
-    assert speculation(has_passes=True)._seconds_of([5, 1, 1, 1]) == 2.0 + 2.0
-    assert speculation(has_passes=False)._seconds_of([5, 1, 1, 1]) == 3.0
-    assert speculation(has_passes=True)._seconds_of([2, 2, 2, 2]) == 3.0  # all in one
-    assert speculation(has_passes=True)._seconds_of([4]) == 2.0
-    assert speculation(has_passes=True)._seconds_of([6, 1]) is None  # a pass of five
+    assert speculation(has_passes=True).seconds_of([5, 1, 1, 1]) == 2.0 + 2.0
+    assert speculation(has_passes=False).seconds_of([5, 1, 1, 1]) == 3.0
+    assert speculation(has_passes=True).seconds_of([2, 2, 2, 2]) == 3.0  # all in one
+    assert speculation(has_passes=True).seconds_of([4]) == 2.0
+    assert speculation(has_passes=True).seconds_of([6, 1]) is None  # a pass of five
 
 
 def test_a_request_that_fails_in_a_step_leaves_the_others_their_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.backend import (
@@ -23,6 +24,7 @@ from edgeinfer_models.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
+    from edgeinfer_models.token_rows import TokenRows
 
 
 log = logging.getLogger("edgeinfer.llamacpp")
@@ -31,6 +33,7 @@ log = logging.getLogger("edgeinfer.llamacpp")
 class LlamaCppBackend(Backend):
     name = "llamacpp"
     formats = ("gguf",)
+    runs_exits = True
 
     def probe(self) -> Probe:
         from edgeinfer_backends.llamacpp import library
@@ -77,7 +80,24 @@ class LlamaCppBackend(Backend):
 
         return {"rotation": rotation_switch()}
 
+    def load_exit(
+        self, files: ModelFiles, exit_path: Path, settings: RuntimeSettings, folder: Path
+    ) -> Runtime:
+        from edgeinfer_backends.llamacpp.exit_draft import assembled
+
+        draft, embeddings = assembled(files, exit_path, folder)
+        return self._load(draft, settings, lambda _: True, embeddings)
+
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
+        return self._load(files, settings, progress, None)
+
+    def _load(
+        self,
+        files: ModelFiles,
+        settings: RuntimeSettings,
+        progress: Progress,
+        embeddings: TokenRows | None,
+    ) -> Runtime:
         from edgeinfer_backends.llamacpp.lone_stream import LoneStream
         from edgeinfer_backends.llamacpp.native import create_context
         from edgeinfer_backends.llamacpp.runtime import LlamaCppRuntime
@@ -92,8 +112,8 @@ class LlamaCppBackend(Backend):
         if native.layout == "private":
             try:
                 kind = LoneStream if native.sequences == 1 else PrivateStreams
-                return kind(native, files, settings)
+                return kind(native, files, settings, embeddings)
             except UnknownState as error:  # of another llama.cpp than this was written for
                 log.info("sequences share cells: %s", error)
             native = create_context(files, replace(settings, kv_layout="shared"), progress)
-        return LlamaCppRuntime(native, files, settings)
+        return LlamaCppRuntime(native, files, settings, embeddings)

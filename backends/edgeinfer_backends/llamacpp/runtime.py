@@ -34,6 +34,7 @@ from edgeinfer.errors import (
 )
 from edgeinfer.sampling import SamplingParams
 from edgeinfer_backends.llamacpp.cells import COMPACT_AT_LEAST, CellTable
+from edgeinfer_backends.llamacpp.exit_draft import EmbeddedTokens
 from edgeinfer_backends.llamacpp.library import (
     build_description,
     library,
@@ -48,6 +49,7 @@ from edgeinfer_backends.llamacpp.samplers import LlamaSampler
 from edgeinfer_backends.llamacpp.stream_table import StreamTable
 from edgeinfer_backends.llamacpp.vocabulary import LlamaTokenizer
 from edgeinfer_models.model_files import ModelFiles
+from edgeinfer_models.token_rows import TokenRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +78,14 @@ class LlamaCppRuntime(Runtime):
 
     _layout: KvLayout = "shared"
 
-    def __init__(self, native: NativeContext, files: ModelFiles, settings: RuntimeSettings) -> None:
+    def __init__(
+        self,
+        native: NativeContext,
+        files: ModelFiles,
+        settings: RuntimeSettings,
+        embeddings: TokenRows | None = None,
+    ) -> None:
+        """embeddings: of tokens, where the model has no vocabulary."""
         sequences = native.sequences
         import numpy as np
 
@@ -92,7 +101,8 @@ class LlamaCppRuntime(Runtime):
         self._abortable = False
         self._abort_is_set = False
         self._tokenizer = LlamaTokenizer(native.vocab)
-        self._vocab_size = self._tokenizer.vocab_size
+        self._vocab_size = self._tokenizer.vocab_size  # of logits
+        self._num_tokens = self._vocab_size if embeddings is None else embeddings.num_tokens
         self._max_sequences = sequences
         self._scratch, self._grave, self._guard = sequences, sequences + 1, sequences + 2
         self._unpacked = native.unpacked
@@ -109,10 +119,17 @@ class LlamaCppRuntime(Runtime):
         self._logits_address = prototype(("llama_get_logits_ith", lib._lib))
         self._logit_views: dict[int, Logits] = {}
         self._free_handles = list(range(sequences - 1, -1, -1))
-        self._batch = lib.llama_batch_init(self._step_tokens, 0, 1)
+        # LLAMA_API struct llama_batch llama_batch_init(int32_t n_tokens, int32_t embd,
+        #     int32_t n_seq_max): with embd, room for so many numbers a token and none for ids
+        width = 0 if embeddings is None else embeddings.width
+        self._batch = lib.llama_batch_init(self._step_tokens, width, 1)
         as_array = np.ctypeslib.as_array
         shape = (self._step_tokens,)
-        self._batch_tokens = as_array(self._batch.token, shape)
+        self._batch_tokens: Any
+        if embeddings is None:
+            self._batch_tokens = as_array(self._batch.token, shape)
+        else:
+            self._batch_tokens = EmbeddedTokens(as_array(self._batch.embd, (*shape, width)), embeddings)
         self._batch_pos = as_array(self._batch.pos, shape)
         self._batch_logits = as_array(self._batch.logits, shape)
         as_array(self._batch.n_seq_id, shape)[:] = 1
@@ -245,7 +262,7 @@ class LlamaCppRuntime(Runtime):
             length is None
             or self._closed
             or part.logits == "none"
-            or not 0 <= token < self._vocab_size
+            or not 0 <= token < self._num_tokens
             or not table.can_decode(sequence)
         ):
             return None
@@ -322,8 +339,8 @@ class LlamaCppRuntime(Runtime):
             count = len(part.tokens)
             if count == 0:
                 raise ValueError(f"no tokens for sequence {part.sequence}")
-            if min(part.tokens) < 0 or max(part.tokens) >= self._vocab_size:
-                raise ValueError(f"a token is outside the vocabulary of {self._vocab_size}")
+            if min(part.tokens) < 0 or max(part.tokens) >= self._num_tokens:
+                raise ValueError(f"a token is outside the vocabulary of {self._num_tokens}")
             starts.append(len(rows))
             if part.logits == "all":
                 rows.extend(range(offset, offset + count))
