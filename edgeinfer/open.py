@@ -22,7 +22,7 @@ from edgeinfer.opened_form import Converting, in_its_form, predicted_form
 from edgeinfer.registry import get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
 from edgeinfer_models.exit_file import SUFFIX as EXIT_SUFFIX
-from edgeinfer_models.exit_file import fingerprint, read_exit_file
+from edgeinfer_models.exit_file import SHIPPED_EXITS, fingerprint, read_exit_file
 from edgeinfer_models.ggml_types import KV_TYPES
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.resolve import ResolvedModel, resolve_model
@@ -30,6 +30,7 @@ from edgeinfer_models.store import data_folder
 
 if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
+    from edgeinfer_models.gguf_header import GgufHeader
 
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 32
@@ -230,23 +231,27 @@ def _draft_source(
 
 
 def find_exit(resolved: ResolvedModel) -> Path | None:
-    """Beside the model's file and named like it, or among the user's exits and made for it."""
+    """Beside the model's file and named like it; or among the user's exits, or those that come with
+    edgeinfer, and made for it."""
     model = resolved.files.paths[0]
     if resolved.files.format != "gguf" or resolved.header is None:
         return None
     beside = model.with_name(model.name.removesuffix(".gguf") + EXIT_SUFFIX)
     if beside.is_file():
         return beside
-    folder = exits_folder()
-    names = sorted(folder.glob(f"*{EXIT_SUFFIX}")) if folder.is_dir() else []
-    return next((path for path in names if _is_of(path, resolved)), None)
+    for folder in (exits_folder(), SHIPPED_EXITS):
+        for path in sorted(folder.glob(f"*{EXIT_SUFFIX}")):
+            if _is_of(path, resolved.header):
+                return path
+    return None
 
 
-def _is_of(path: Path, resolved: ResolvedModel) -> bool:
-    if resolved.header is None:
-        return False
+def _is_of(path: Path, model: GgufHeader) -> bool:
     try:
-        return read_exit_file(path).fingerprint == fingerprint(resolved.header)
+        found = read_exit_file(path)
+        if found.width != model.get_int("{arch}.embedding_length"):
+            return False  # as is seen in less time
+        return found.fingerprint == fingerprint(model)
     except (ModelError, OSError):
         return False
 

@@ -18,6 +18,7 @@ from edgeinfer.cli import (
     quantize_command,
     run_command,
     serve,
+    train_exit_command,
 )
 from edgeinfer.cli.command import Command, Group, ParseProblem, RunCommand, report_parse_problem
 from edgeinfer.cli.errors import INTERRUPTED
@@ -61,6 +62,7 @@ app.command("serve", cls=Command, epilog=EPILOG)(serve.serve)
 app.add_typer(models.app, name="models")
 app.add_typer(cache_command.app, name="cache")
 app.command("quantize", cls=Command, epilog=EPILOG)(quantize_command.quantize)
+app.command("train-exit", cls=Command, epilog=EPILOG)(train_exit_command.train_exit)
 app.command("bench", cls=Command, epilog=EPILOG)(bench_command.bench)
 app.command("eval", cls=Command, epilog=EPILOG)(eval_command.evaluate)
 app.command("doctor", cls=Command)(doctor.doctor)

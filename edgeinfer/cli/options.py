@@ -477,6 +477,51 @@ ScaleType = Annotated[
         _WEIGHTS,
     ),
 ]
+ExitOutput = Annotated[
+    str | None,
+    _option(
+        "output",
+        "Where the exit goes: NAME.exit.gguf. Default: the user's folder of exits, where it is found.",
+        "FILE",
+        None,
+        "-o",
+        default=False,
+    ),
+]
+ExitMinutes = Annotated[
+    float, _option("minutes", "For everything; more is better. Default: 30.", "N", None, default=False)
+]
+ExitLayer = Annotated[
+    str,
+    _option(
+        "layer",
+        "After which of the model's layers it lies; 8x2: after the eighth, with two of its own; auto:"
+        " where it is likely to save most.",
+        "N",
+        None,
+        default=False,
+    ),
+]
+ExitText = Annotated[
+    str | None,
+    _option(
+        "text", "Text of yours that it learns from too: what you ask about.", "FILE", None, default=False
+    ),
+]
+ExitDevice = Annotated[
+    str,
+    _option("device", "What trains it: cpu, cuda, mps; or auto.", "NAME", None, default=False),
+]
+ExportDraft = Annotated[
+    str | None,
+    _option(
+        "export-draft",
+        "Write a draft model too, with the whole head, that any llama.cpp takes (--model-draft).",
+        "FILE",
+        None,
+        default=False,
+    ),
+]
 Force = Annotated[bool, _switch("force", "Replace a file that is there; never a folder.")]
 Host = Annotated[
     str,

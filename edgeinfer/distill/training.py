@@ -125,7 +125,9 @@ class ExitFigures:
 
 class ExitTraining:
     """told: is given a line for whoever waits. on_point: is given the figures whenever a point of the
-    curve has been measured; what is to be kept of the exits can be taken then."""
+    curve has been measured; what is to be kept of the exits can be taken then. on_batch: all the texts
+    so far, whenever some more were written. on_progress: what is being done ("writing", "reading",
+    "learning"), how far it is, from 0 to 1, and the loss (0: not known)."""
 
     def __init__(
         self,
@@ -135,6 +137,8 @@ class ExitTraining:
         library: Library,
         told: Callable[[str], None] = lambda _: None,
         on_point: Callable[[ExitFigures], None] = lambda _: None,
+        on_batch: Callable[[Texts], None] = lambda _: None,
+        on_progress: Callable[[str, float, float], None] = lambda what, done, loss: None,
     ) -> None:
         self._trainer = trainer
         self._plan = plan
@@ -142,27 +146,34 @@ class ExitTraining:
         self._library = library
         self._told = told
         self._on_point = on_point
+        self._on_batch = on_batch
+        self._on_progress = on_progress
+        self._writes = (0.0, 0.0)  # from when until when, where it can be told
         self._seconds: dict[str, float] = {}
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def write(self, until: float, at_latest: float) -> tuple[Texts, Texts]:
+    def write(self, until: float, at_latest: float, begun: Texts | None = None) -> tuple[Texts, Texts]:
         """Texts to learn from and texts held out. Whole batches until there are enough or none more
         would be ready by `until`; the first is waited for until `at_latest`, and cut there if it must
-        be."""
+        be. begun: what was written before, as `on_batch` was given it."""
         plan, begin = self._plan, time.monotonic()
+        self._writes = (begin, until)
         held_out = min(plan.held_out, plan.texts_at_once // 2)
         self._trainer.prepare_writing(plan.texts_at_once, plan.length, self._frame.turns)
         self._told(f"ready to write {plan.texts_at_once} texts at once ({_since(begin)})")
-        batches: list[Texts] = []
+        batches: list[Texts] = [] if begun is None else [begun]
+        number = 0 if begun is None else max(1, len(begun) // plan.texts_at_once)
         while not batches or sum(each.tokens.size for each in batches) < plan.most_tokens:
             began = time.monotonic()
-            batch = self._batch(len(batches), held_out, until if batches else at_latest)
+            batch = self._batch(number, held_out, until if batches else at_latest)
             if batches and batch.length < batches[0].length:
                 break  # out of time
             batches.append(batch)
+            number += 1
+            self._on_batch(joined(batches))
             took = time.monotonic() - began
-            size, which = batch.tokens.size, f"batch {len(batches)}"
+            size, which = batch.tokens.size, f"batch {number}"
             self._told(f"wrote {which}: {size:,} tokens in {took:.1f} s ({size / took:,.0f}/s)")
             if time.monotonic() + 0.9 * took > until:
                 break
@@ -194,6 +205,9 @@ class ExitTraining:
         ]
 
         def going_on(done: int) -> bool:
+            begin, until = self._writes
+            passed = (time.monotonic() - begin) / max(until - begin, 1e-3)
+            self._on_progress("writing", min(passed, 1.0), 0.0)
             return done < _LEAST_LENGTH or time.monotonic() < deadline
 
         tokens, kinds = self._trainer.write([each.opening for each in begun], seed, going_on)
@@ -257,6 +271,7 @@ class ExitTraining:
             part = train.part(done, done + _CAPTURED_AT_ONCE)
             self._trainer.capture(part.tokens, part.kinds, held_out=False)
             done += len(part)
+            self._on_progress("reading", done / len(train), 0.0)
         self._trainer.predict()  # (waits for the device)
         rate = done * train.length / (time.monotonic() - began)
         self._told(f"read {done:,} of {len(train):,} texts, {rate:,.0f} tokens/s ({_since(begin)})")
@@ -279,6 +294,7 @@ class ExitTraining:
         self._measure(figures, begin, held_out)
         begin_steps = told = time.monotonic()
         points = [each for each in _MEASURED_AT if each > before]
+        loss = 0.0
         while figures.done < 1.0:
             trainer.step(figures.done)
             figures.steps += 1
@@ -287,8 +303,10 @@ class ExitTraining:
             now = time.monotonic()
             passed = (now - begin_steps) / max(until - begin_steps, 1e-3)
             figures.done = min(max(figures.steps / most, before + (1.0 - before) * passed), 1.0)
+            self._on_progress("learning", figures.done, loss)
             if now - told > _LOSS_EVERY_S:
                 told = now
+                loss = next(iter(trainer.losses().values()), 0.0)
                 losses = "  ".join(f"{place.name}: {x:.3f}" for place, x in trainer.losses().items())
                 at = f"step {figures.steps:,}, round {figures.rounds:.2f}, {figures.done:.0%}"
                 self._told(f"{at}, loss {losses}")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Kept = npt.NDArray[np.int32]
 
 SUFFIX = ".exit.gguf"
+SHIPPED_EXITS = Path(__file__).parent / "exits"
 ARCHITECTURE = "edgeinfer-exit"
 VERSION = 1
 _KEY = ARCHITECTURE
@@ -55,17 +56,28 @@ class ExitTensor:
 
 @dataclass(frozen=True)
 class ExitFile:
-    """layer: how many of the model's layers come before the exit; new_layers: of its own. kept: the
-    tokens of its head, ascending. told: what whoever trained it says of it, as JSON has it."""
+    """layer: how many of the model's layers come before the exit; new_layers: of its own. kept_tokens:
+    those of its head, ascending. told: what whoever trained it says of it, as JSON has it."""
 
     path: Path
     fingerprint: str
     model_name: str
     layer: int
     new_layers: int
-    kept: Kept
+    kept_tokens: tuple[int, ...]
     header: GgufHeader
     told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Kept:
+        import numpy as np
+
+        return np.array(self.kept_tokens, dtype=np.int32)
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states of its model."""
+        return next((t.shape[0] for t in self.header.tensors if t.name == "output_norm.weight"), 0)
 
 
 def fingerprint(header: GgufHeader) -> str:
@@ -121,8 +133,6 @@ def write_exit_file(
 def read_exit_file(path: Path) -> ExitFile:
     """Read and check all that is not the tensors' numbers. Raises ModelNotFound, ModelFileInvalid,
     UnsupportedModel."""
-    import numpy as np
-
     header = read_gguf_header(path)
     if header.architecture != ARCHITECTURE:
         raise UnsupportedModel(f"{path}: is a model ({header.architecture[:40]}), not an exit of one")
@@ -154,7 +164,7 @@ def read_exit_file(path: Path) -> ExitFile:
         header.get_str(f"{_KEY}.model_name"),
         layer,
         new_layers,
-        np.asarray(kept, np.int32),
+        tuple(kept),  # type: ignore[arg-type]
         header,
         told if isinstance(told, dict) else {},
     )
@@ -171,7 +181,7 @@ def require_exit_of(exit_file: ExitFile, model: GgufHeader) -> None:
     if exit_file.layer >= model.get_int("{arch}.block_count"):
         raise _damaged(exit_file.path, "it lies behind the model's last layer")
     vocab = model.get_length("tokenizer.ggml.tokens") or 0
-    if int(exit_file.kept[-1]) >= vocab:
+    if exit_file.kept_tokens[-1] >= vocab:
         raise _damaged(exit_file.path, f"a token of its head is outside the vocabulary of {vocab}")
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     for tensor in exit_file.header.tensors:
@@ -184,16 +194,22 @@ def require_exit_of(exit_file: ExitFile, model: GgufHeader) -> None:
 
 def _norm_bytes(header: GgufHeader, name: str) -> bytes:
     """A norm's numbers in F32: those of the file, where it has them so."""
-    import numpy as np
-
-    from edgeinfer_models.conversion.floats import to_float32
-    from edgeinfer_models.conversion.sources import places_of, stored_bytes
+    from edgeinfer_models.conversion.sources import places_of
 
     tensor = header.tensor(name)
     assert tensor is not None  # noqa: S101 (its name came from there)
+    path, offset = places_of(header)[name]
+    if tensor.type_name == "F32":  # as nearly always: without numpy, which takes a moment to import
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(4 * tensor.elements)
+    import numpy as np
+
+    from edgeinfer_models.conversion.floats import to_float32
+    from edgeinfer_models.conversion.sources import stored_bytes
+
     if GGML_TYPES_BY_NAME[tensor.type_name].block != 1 or tensor.type_name not in ("F32", "F16", "BF16"):
         raise ModelFileInvalid(f"{header.path}: the norm '{name[:60]}' is of type {tensor.type_name}")
-    path, offset = places_of(header)[name]
     raw = stored_bytes(path, offset, row_bytes(tensor.type_name, tensor.elements))
     held = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.type_name]
     return to_float32(raw.view(held), tensor.type_name).astype("<f4").tobytes()

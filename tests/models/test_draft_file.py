@@ -8,27 +8,14 @@ import numpy as np
 import pytest
 
 from edgeinfer_models.conversion.draft_file import write_draft
-from edgeinfer_models.conversion.sources import places_of, stored_bytes
-from edgeinfer_models.exit_file import (
-    ExitFile,
-    ExitTensor,
-    fingerprint,
-    read_exit_file,
-    write_exit_file,
-)
+from edgeinfer_models.exit_file import ExitFile, read_exit_file
 from edgeinfer_models.gguf_header import GgufHeader, read_gguf_header
+from tests.fixtures_exits import data_of, write_own_exit
 from tests.fixtures_families import llama_cpp_logits
 from tests.fixtures_gguf import write_tiny_gguf
 
 TOKENS = [5, 9, 40, 11, 7, 200, 31]
 KEPT = np.arange(3, 250, 3, dtype=np.int32)
-
-
-def data_of(header: GgufHeader, name: str) -> bytes:
-    tensor = header.tensor(name)
-    assert tensor is not None
-    path, offset = places_of(header)[name]
-    return stored_bytes(path, offset, tensor.num_bytes).tobytes()
 
 
 @pytest.fixture
@@ -39,22 +26,7 @@ def model(tmp_path: Path) -> GgufHeader:
 @pytest.fixture
 def last_layer(model: GgufHeader, tmp_path: Path) -> ExitFile:
     """An exit after all layers but the last, which is the model's own last layer: the model itself."""
-    tensors = {}
-    for tensor in model.tensors:
-        if tensor.name.startswith("blk.2.") or tensor.name == "output_norm.weight":
-            name = tensor.name.replace("blk.2.", "blk.0.")
-            tensors[name] = ExitTensor(tensor.type_name, tensor.shape, data_of(model, tensor.name))
-    path = tmp_path / "tiny.exit.gguf"
-    write_exit_file(
-        path,
-        fingerprint=fingerprint(model),
-        model_name="tiny",
-        layer=2,
-        new_layers=1,
-        kept=KEPT,
-        tensors=tensors,
-        told={},
-    )
+    path = write_own_exit(model.path, tmp_path / "tiny.exit.gguf", KEPT)
     return read_exit_file(path)
 
 
