@@ -21,8 +21,8 @@ from edgeinfer.machine.probe import default_threads
 from edgeinfer.opened_form import Converting, in_its_form, predicted_form
 from edgeinfer.registry import get_backend
 from edgeinfer_models.chat_template import FALLBACKS, TemplateSource
-from edgeinfer_models.exit_file import SUFFIX as EXIT_SUFFIX
 from edgeinfer_models.exit_file import SHIPPED_EXITS, fingerprint, read_exit_file
+from edgeinfer_models.exit_file import SUFFIX as EXIT_SUFFIX
 from edgeinfer_models.ggml_types import KV_TYPES
 from edgeinfer_models.model_files import ModelFiles
 from edgeinfer_models.resolve import ResolvedModel, resolve_model

@@ -14,14 +14,18 @@ import contextlib
 import itertools
 import random
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.alternate import table
-from benchmarks.model_files import starter_q4_0
+from benchmarks.model_files import starter, starter_q4_0
 from benchmarks.verdict import Bar, run_bar
 from edgeinfer.backend import RuntimeSettings
+from edgeinfer.engine.draft_source import DraftSource, load_draft
 from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.lookup import Lookup
 from edgeinfer.engine.request import Ended, Request, RunStats
 from edgeinfer.engine.speculation import Speculation
 from edgeinfer.engine.window import Window
@@ -29,12 +33,24 @@ from edgeinfer.errors import MeasureFailed
 from edgeinfer.measure.kinds_of_work import KINDS, question
 from edgeinfer.measure.streams import GREEDY
 from edgeinfer.registry import get_backend
+from edgeinfer_models.config import config_from_gguf
+from edgeinfer_models.exit_file import SHIPPED_EXITS
+from edgeinfer_models.gguf_model import read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
 
 AT_ONCE = 8
 CONTEXT, WINDOW = 1024, 256
 FIRST_TOKEN = 1000  # an ordinary one
 Answers = list[tuple[str, RunStats]]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """seconds: of a step. drafts: "exit", "model": the starter in its own bits; "": neither."""
+
+    seconds: Callable[[int, int], float | None]
+    has_lookup: bool = True
+    drafts: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,9 +67,14 @@ class Setting:
 def measure(bar: Bar) -> None:
     draw = random.Random(bar.options.seed)
     # Of a step of so many tokens: all cost the same, so every draft is checked; or anything does.
-    costs: dict[str, Callable[[int, int], float | None]] = {
-        "lookup, every draft": lambda tokens, context: 1.0,
-        "lookup, any length": lambda tokens, context: 1.0 + draw.random() * tokens,
+    modes = {
+        "lookup, every draft": Mode(lambda tokens, context: 1.0),
+        "lookup, any length": Mode(lambda tokens, context: 1.0 + draw.random() * tokens),
+        "exit, every draft": Mode(lambda tokens, context: 1.0, has_lookup=False, drafts="exit"),
+        "another model": Mode(lambda tokens, context: 1.0, has_lookup=False, drafts="model"),
+        "lookup and exit": Mode(
+            lambda tokens, context: 1.0 + draw.random() * tokens, has_lookup=True, drafts="exit"
+        ),
     }
     rows = [("KV, window, streams", "drafts", "drafted", "accepted", "evicted", "different")]
     num_different = num_accepted = 0
@@ -61,8 +82,8 @@ def measure(bar: Bar) -> None:
         alone = Setting(kv, window, 1)
         plain = answers(bar, alone, None)
         for setting in (alone, Setting(kv, window, AT_ONCE)):
-            for name, seconds in costs.items():
-                drafted = answers(bar, setting, seconds)
+            for name, mode in modes.items():
+                drafted = answers(bar, setting, mode)
                 different = sum(a != b for (a, _), (b, _) in zip(plain, drafted, strict=True))
                 stats = [own for _, own in drafted]
                 accepted = sum(own.speculation.accepted for own in stats)
@@ -87,7 +108,7 @@ def measure(bar: Bar) -> None:
     bar.require(f"{num_accepted} drafted tokens were accepted", num_accepted > 0)
 
 
-def answers(bar: Bar, setting: Setting, seconds: Callable[[int, int], float | None] | None) -> Answers:
+def answers(bar: Bar, setting: Setting, mode: Mode | None) -> Answers:
     """Of all questions, in their order: the text and the figures. Raises MeasureFailed."""
     path = starter_q4_0()
     files = ModelFiles(path.name, (path,), "gguf")
@@ -99,11 +120,22 @@ def answers(bar: Bar, setting: Setting, seconds: Callable[[int, int], float | No
         threads=1,
         threads_batch=1,
     )
-    runtime = get_backend("llamacpp").load(files, settings, lambda _: True)
+    backend = get_backend("llamacpp")
+    runtime = backend.load(files, settings, lambda _: True)
     speculation = None
-    if seconds is not None:
+    if mode is not None:
         most = min(runtime.facts.max_logit_rows, runtime.facts.stable_chunk_tokens - 1)
-        speculation = Speculation(seconds, most, setting.window)
+        lookup = Lookup if mode.has_lookup else None
+        speculation = Speculation(mode.seconds, most, setting.window, lookup)
+        if mode.drafts:
+            source = DraftSource(files=ModelFiles("smollm2", (starter(),), "gguf"))
+            if mode.drafts == "exit":
+                source = DraftSource(exit_path=SHIPPED_EXITS / "smollm2.exit.gguf")
+            else:
+                source = replace(source, config=config_from_gguf(read_gguf_model(starter())))
+            folder = Path(tempfile.gettempdir()) / "edgeinfer-08-lossless"
+            loaded = load_draft(source, backend, files, 30, runtime, settings, folder, 2**40)
+            speculation.use_model(loaded.model, loaded.typical)
     engine = Engine(
         runtime,
         model=files.name,
@@ -112,7 +144,9 @@ def answers(bar: Bar, setting: Setting, seconds: Callable[[int, int], float | No
         speculation=speculation,
     )
     ends: dict[int, Ended] = {}
-    with contextlib.closing(engine):
+    with contextlib.closing(engine), contextlib.ExitStack() as stack:
+        if speculation is not None:
+            stack.callback(speculation.close)
         for number in range(bar.options.questions):
             text = question(KINDS[number % len(KINDS)], number)
             prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
