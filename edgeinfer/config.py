@@ -41,6 +41,7 @@ KEYS: Mapping[str, Kind] = {
     "eviction": "text",
     "speculate": "text",
     "draft": "text",
+    "replay": "text",
     "load-as": "text",
     "compile": "switch",
     "overflow": "text",

@@ -62,6 +62,7 @@ class OpenOptions:
     eviction: Eviction = "streaming"  # what leaves
     speculate: Speculate = "auto"  # who guesses tokens that the model then checks
     draft: str | None = None  # the model that does, or the file of an exit
+    measures_drafts: bool = False  # load it even where it is not worth its steps
     load_as: LoadAs = "auto"  # in what weights are held, where a backend can choose
     compiled: bool = False  # compile a step, where a backend can
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -219,7 +220,7 @@ def _draft_source(
         except ModelError as error:
             warnings.append(f"drafts are without the exit: {error}")
             return None
-        return DraftSource(exit_path=path)
+        return DraftSource(exit_path=path, is_wanted=options.measures_drafts)
     found = resolve_model(options.draft, pull_missing=pull_missing)
     if found.files.format != resolved.files.format:
         warnings.append(

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import Client, ModelInfo
     from edgeinfer.measure.bench import BenchPlan, Suite
+    from edgeinfer.measure.drafts_bench import DraftsPlan
     from edgeinfer.measure.figures import Figure
     from edgeinfer.measure.report import Report
 
-LATER_SUITES = ("speculation", "cache")
+LATER_SUITES = ("cache",)
 # (prompt, new) tokens where none are given
 _SIZES: dict[Suite, tuple[str, str]] = {"speed": ("512", "128"), "concurrency": ("64", "64")}
 _MIN_CONTEXT = 256
+_SUITES = "speed, concurrency and speculation"
 
 
 def bench(
@@ -38,6 +40,8 @@ def bench(
     repeat: options.Repeat = 5,
     warmup: options.Warmup = 1,
     plot: options.Plot = None,
+    draft: options.Draft = None,
+    replay: options.Replay = None,
     backend: options.Backend = "auto",
     ctx: options.BenchCtx = None,
     threads: options.Threads = "auto",
@@ -51,7 +55,7 @@ def bench(
     json_output: options.JsonOutput = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure how fast a model reads, answers, and serves several at once."""
+    """Measure how fast a model reads, answers, and serves several at once, and what drafts bring."""
     from edgeinfer.cli.opening import open_options, puller
     from edgeinfer.cli.output import StatusLine
     from edgeinfer.client import LocalClient
@@ -61,11 +65,18 @@ def bench(
     typed = context.get_parameter_source("streams")
     if suite != "concurrency" and typed is not None and typed.name == "COMMANDLINE":
         raise UsageError("--streams belongs to --suite concurrency")
-    plan = _plan(suite, prompt_tokens, new_tokens, streams, repeat, warmup)
+    is_of_drafts = suite == "speculation"
+    for option, value in (("draft", draft), ("replay", replay)):
+        source = context.get_parameter_source(option)
+        if value is not None and not is_of_drafts and source and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option} belongs to --suite speculation")
+    plan = None
+    if not is_of_drafts:
+        plan = _plan(suite, prompt_tokens, new_tokens, streams, repeat, warmup)
     opened = open_options(
         model,
         backend=backend,
-        ctx=_context(ctx, plan),
+        ctx=ctx if plan is None else _context(ctx, plan),
         threads=threads,
         gpu_layers=gpu_layers,
         load_as=load_as,
@@ -74,10 +85,18 @@ def bench(
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
         cache_ram="0",  # nothing of one run may help the next
-        speculate="off",  # answers to random tokens say nothing of what drafts bring
+        # Answers to random tokens say nothing of what drafts bring.
+        speculate="auto" if is_of_drafts else "off",
+        draft=draft if is_of_drafts else None,
     )
-    opened = replace(opened, sequences=plan.sequences, remember=False)
     picture = None if plot is None else _picture(plot)
+    if plan is None:
+        from edgeinfer.cli.drafts_suite import bench_drafts
+
+        drafts_plan = _drafts_plan(context, new_tokens, repeat, warmup)
+        bench_drafts(opened, replay, drafts_plan, picture, quiet=quiet, json_output=json_output)
+        return
+    opened = replace(opened, sequences=plan.sequences, remember=False)
     status = StatusLine(enabled=not quiet)
 
     def show(what: str, fraction: float) -> None:
@@ -99,6 +118,26 @@ def bench(
     _tell(report, picture, json_output=json_output, quiet=quiet)
 
 
+def _drafts_plan(context: typer.Context, new_tokens: str | None, repeat: int, warmup: int) -> DraftsPlan:
+    """Raises UsageError naming the option that cannot be right."""
+    from edgeinfer.measure.drafts_bench import DraftsPlan
+
+    source = context.get_parameter_source("prompt_tokens")
+    if source is not None and source.name == "COMMANDLINE":
+        raise UsageError("--prompt-tokens: --suite speculation asks questions of its own")
+    news = options.parse_counts("--new-tokens", "200" if new_tokens is None else new_tokens)
+    if len(news) > 1 or news[0] < 2:
+        raise UsageError("--new-tokens takes one number, at least 2, with --suite speculation")
+    _check_runs(repeat, warmup)
+    return DraftsPlan(news[0], repeat, warmup)
+
+
+def _check_runs(repeat: int, warmup: int) -> None:
+    for option, value, least in (("--repeat", repeat, 1), ("--warmup", warmup, 0)):
+        if not least <= value <= 1000:
+            raise UsageError(f"{option} {value} is outside [{least}, 1000]")
+
+
 def _plan(
     suite: str, prompt_tokens: str | None, new_tokens: str | None, streams: str, repeat: int, warmup: int
 ) -> BenchPlan:
@@ -107,9 +146,9 @@ def _plan(
     from edgeinfer.open import MAX_SEQUENCES
 
     if suite in LATER_SUITES:
-        raise UsageError(f"--suite {suite} comes with a later version; there are speed and concurrency")
+        raise UsageError(f"--suite {suite} comes with a later version; there are {_SUITES}")
     if suite not in ("speed", "concurrency"):
-        raise UsageError(f"--suite {suite[:40]!r} does not exist; there are speed and concurrency")
+        raise UsageError(f"--suite {suite[:40]!r} does not exist; there are {_SUITES}")
     chosen: Suite = "concurrency" if suite == "concurrency" else "speed"
     default_prompt, default_new = _SIZES[chosen]
     prompts = options.parse_counts(
@@ -125,9 +164,7 @@ def _plan(
                 raise UsageError(f"{option} takes one number with --suite concurrency")
         if news[0] < 2:
             raise UsageError("--new-tokens must be at least 2: the first comes with the prompt")
-    for option, value, least in (("--repeat", repeat, 1), ("--warmup", warmup, 0)):
-        if not least <= value <= 1000:
-            raise UsageError(f"{option} {value} is outside [{least}, 1000]")
+    _check_runs(repeat, warmup)
     return BenchPlan(chosen, prompts, news, many, repeat, warmup)
 
 

@@ -286,7 +286,13 @@ Schema = Annotated[
 ]
 Suite = Annotated[
     str,
-    _option("suite", "speed: one request at a time; concurrency: several at once.", "NAME", _MEASURE),
+    _option(
+        "suite",
+        "speed: one request at a time; concurrency: several at once; speculation: with drafts and"
+        " without, on four kinds of work.",
+        "NAME",
+        _MEASURE,
+    ),
 ]
 PromptTokens = Annotated[
     str | None,
@@ -475,6 +481,16 @@ ScaleType = Annotated[
         " what the model has.",
         "TYPE",
         _WEIGHTS,
+    ),
+]
+Replay = Annotated[
+    str | None,
+    _option(
+        "replay",
+        "With --suite speculation: the model says what this one answers, at the cost of its own steps:"
+        " so random weights show what drafts would bring a model of their size.",
+        "MODEL",
+        _MEASURE,
     ),
 ]
 ExitOutput = Annotated[

@@ -331,6 +331,12 @@ class LocalClient(Client):
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self._ask("detokenize", tokens=list(tokens))["text"])
 
+    def drafts(self, context: int) -> dict[str, Any]:
+        """What drafting is weighed by at so many tokens of context: `costs`, pairs of a step's tokens
+        and its seconds; `model`, what drafts beside lookups; `reason`, why nothing does."""
+        found: dict[str, Any] = self._ask("drafts", context=context)["drafts"]
+        return found
+
     def status(self) -> EngineStatus | None:
         """None while no model is loaded."""
         process = self._process

@@ -28,11 +28,12 @@ _SPARE_BYTES = 256 * 2**20  # that are left for everything else
 
 @dataclass(frozen=True)
 class DraftSource:
-    """One of the two. config: of the model."""
+    """One of the two. config: of the model. is_wanted: even where it is not worth its steps."""
 
     exit_path: Path | None = None
     files: ModelFiles | None = None
     config: ModelConfig | None = None
+    is_wanted: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Drafting:
         self.speculation = Speculation.of(target.runtime, target.window, tuner, has_lookup=has_lookup)
         if source is None or speculate == "lookup":
             return ""
-        if has_lookup and source.exit_path is not None:
+        if has_lookup and source.exit_path is not None and not source.is_wanted:
             self._is_undecided = True
             self.decide()
             return ""

@@ -219,7 +219,8 @@ class Engine:
         if len(tokens) >= most and (request.embedding or request.overflow != "stream"):
             return PromptTooLong(len(tokens), most, option=self._size_option(most))
         biased = [token for token, _ in request.sampling.logit_bias]
-        for name, ids in (("", tokens), ("logit_bias: ", biased)):
+        said = request.drafts.says
+        for name, ids in (("", tokens), ("logit_bias: ", biased), ("an answer's ", said)):
             bad = next((t for t in ids if not 0 <= t < facts.vocab_size), None)
             if bad is not None:
                 return UsageError(f"{name}token {bad} is outside the vocabulary of {facts.vocab_size}")
@@ -438,10 +439,11 @@ class Engine:
                 return
             if number == len(drafted):
                 del self._overrun[handle]
-            elif running.tokens[-1] != drafted[number]:
-                return
             else:
-                self._speculation.accepts(running)
+                is_hit = running.tokens[-1] == drafted[number]
+                self._speculation.checked(running, number, is_hit=is_hit)
+                if not is_hit:
+                    return
 
     def _repeats(self, running: RunningRequest, count: int) -> bool:
         """Whether a prompt's logits, of a last piece of `count` tokens, are those it would have again if
@@ -539,6 +541,8 @@ class Engine:
             failure = error if isinstance(error, EdgeInferError) else StepFailed(str(error))
             self._events += self._end(running, "failed", "stop", failure)
             return
+        if running.num_answered < len(request.drafts.says):
+            token = request.drafts.says[running.num_answered]
         now = time.perf_counter()
         if not running.is_decoding:
             running.first_token = now

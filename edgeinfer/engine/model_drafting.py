@@ -77,6 +77,11 @@ class ModelDrafting:
     def mode(self) -> DraftMode:
         return self._model.mode
 
+    @property
+    def step_seconds(self) -> float:
+        """Of a step of one token of the model that drafts."""
+        return self._model.step_seconds(1)
+
     def acceptance(self, running: RunningRequest) -> Acceptance:
         """By its drafts' kinds."""
         return self._of(running.key).by_confidence
@@ -96,10 +101,13 @@ class ModelDrafting:
             self._has_loan, self._spare_s = True, LOAN_TOKENS * per_token
         self._most_spare_s = MOST_SPARE_TOKENS * per_token
         self.earned(SHARE * plain)
-        if self._resting:
+        lengths = {index: running[index].request.drafts.length for index in most}
+        asked = {index: min(length, most[index]) for index, length in lengths.items() if length}
+        if self._resting and not asked:
             self._resting -= 1
             return {}, 0.0
-        asked = self._planned(running, most, per_token)
+        is_forced = bool(asked)
+        asked = asked or self._planned(running, most, per_token)
         if not asked:
             self._resting = RESTS_HOPELESS if self._is_hopeless else RESTS
             return {}, 0.0
@@ -110,7 +118,7 @@ class ModelDrafting:
         wanted = []
         for index, length in asked.items():
             guesses = self._of(running[index].key)
-            going_on = self._going_on(guesses, step_s / per_token)
+            going_on = self._going_on(guesses, 0.0 if is_forced else step_s / per_token)
             wanted.append(Wanted(running[index], length, going_on))
         found: dict[int, Draft] = {}
         for index, draft in zip(asked, self._model.propose(wanted), strict=True):

@@ -33,6 +33,18 @@ class Message:
 
 
 @dataclass(frozen=True)
+class DraftOptions:
+    """How one answer is drafted for, of what its model was loaded with; for measuring, so no surface
+    offers it. who: "auto", "off", "lookup", "exit" or "draft". length: exactly so many tokens of every
+    draft are checked, whatever that costs; 0: as many as are worth it. says: an answer (of another
+    model, say) that takes the place of what this one says, token by token, at the cost of its steps."""
+
+    who: str = "auto"
+    length: int = 0
+    says: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """One answer to make. Exactly one of `messages`, `prompt` and `tokens` is given.
 
@@ -63,6 +75,7 @@ class Request:
     embedding: bool = False  # no answer: the text's embedding, as an `Embedded` event
     visible_tokens: tuple[int, ...] = ()  # control tokens whose text belongs to the answer
     asked_by: str = ""  # who asks: of several who wait, those who have least running come first
+    drafts: DraftOptions = DraftOptions()
 
     @property
     def takes_stops(self) -> bool:
@@ -113,7 +126,8 @@ class Timings:
 class SpeculationStats:
     """mode: who guessed tokens: "lookup", or "none". steps: those that checked a draft. reason: why none
     did, or "none". speedup: how many times faster the answer was decoded than it would have been without
-    drafts, by what steps without them cost."""
+    drafts, by what steps without them cost. by_position: of a draft's first token, its second and so on,
+    how many were checked after only right ones, and how many of those were accepted."""
 
     mode: str = "none"
     drafted: int = 0
@@ -121,6 +135,7 @@ class SpeculationStats:
     steps: int = 0
     reason: str = "none"
     speedup: float = 1.0
+    by_position: list[list[int]] = field(default_factory=list)
 
 
 @dataclass

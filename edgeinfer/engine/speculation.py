@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter, Outcome
 from edgeinfer.engine.draft_lengths import LEAST_GAIN, share_out
 from edgeinfer.engine.lookup import Lookup
-from edgeinfer.engine.model_drafting import ModelDrafting
+from edgeinfer.engine.model_drafting import ModelDrafting, odds_needed
 from edgeinfer.engine.request import SpeculationStats
 from edgeinfer.machine.step_cost import CONTEXT_BUCKET, PREFILL_TOKENS
 
@@ -165,9 +165,13 @@ class Speculation:
             self._acceptance(each).of(draft, LEAST_ODDS)
             for each, draft in zip(running, drafts, strict=True)
         ]
-        lengths, _ = share_out(odds, self.seconds_of, self._most_step_tokens)
-        if not any(lengths):
-            lengths = self._tried(odds)
+        forced = [each.request.drafts.length for each in running]
+        if any(forced):
+            lengths = [min(length, len(draft)) for length, draft in zip(forced, drafts, strict=True)]
+        else:
+            lengths, _ = share_out(odds, self.seconds_of, self._most_step_tokens)
+            if not any(lengths):
+                lengths = self._tried(odds)
         for each, draft, length in zip(running, drafts, lengths, strict=True):
             each.draft = draft.tokens[:length]
 
@@ -183,8 +187,14 @@ class Speculation:
         stats.steps += 1
         stats.drafted += drafted
 
-    def accepts(self, running: RunningRequest) -> None:
-        self._requests[running.key].stats.accepted += 1
+    def checked(self, running: RunningRequest, position: int, *, is_hit: bool) -> None:
+        """A drafted token, all before which were right."""
+        stats = self._requests[running.key].stats
+        while len(stats.by_position) <= position:
+            stats.by_position.append([0, 0])
+        stats.by_position[position][0] += 1
+        stats.by_position[position][1] += is_hit
+        stats.accepted += is_hit
 
     def took(self, brought: Mapping[int, int], seconds: float) -> None:
         """A step that checked drafts. brought: tokens that each request of it got, by key."""
@@ -215,6 +225,22 @@ class Speculation:
         return own.stats
 
     # -- parts -----------------------------------------------------------------------------------
+
+    def costs(self, context: int) -> dict[int, float]:
+        """Of steps of so many tokens with logits for all, in seconds, as far as they are known."""
+        sizes = range(1, min(MOST_DRAFTED + 1, self._most_step_tokens) + 1)
+        found = {size: self._seconds(size, context) for size in sizes}
+        return {size: seconds for size, seconds in found.items() if seconds is not None}
+
+    def about_model(self, context: int) -> dict[str, float | str | None]:
+        """Of the model that drafts, if there is one: what it is, what a step of it takes, and how often
+        it has to be right so that a draft pays."""
+        if self._model is None:
+            return {"mode": "none", "reason": self.no_model}
+        known = self.costs(context)
+        seconds = self._model.step_seconds
+        needed = odds_needed(lambda tokens: known.get(sum(tokens)), seconds)
+        return {"mode": self._model.mode, "step_s": seconds, "needed": needed}
 
     def _say_why(self, own: _Drafting) -> None:
         """Nothing was drafted for a request."""
@@ -303,7 +329,8 @@ class Speculation:
         most = {}
         for index, each in enumerate(running):
             self._requests[each.key].mode = "lookup"
-            if not drafts[index] and (room := self._most(each)) > 0:
+            wants = each.request.drafts.who in ("auto", model.mode)
+            if wants and not drafts[index] and (room := self._most(each)) > 0:
                 most[index] = min(room, self._most_step_tokens - len(running))
         found, seconds = model.drafts(running, most)
         self._model_asked = [running[index].key for index in found]
@@ -322,7 +349,8 @@ class Speculation:
         """least: odds that its first token must have."""
         own = self._requests.get(running.key)
         if own is None:
-            drafter = self._drafter or _no_drafter
+            looks_up = running.request.drafts.who in ("auto", "lookup")
+            drafter = (self._drafter if looks_up else None) or _no_drafter
             own = _Drafting(drafter(running.prompt), Acceptance(TYPICAL))
             self._requests[running.key] = own
         for token in running.answered[own.num_seen :]:
@@ -335,7 +363,7 @@ class Speculation:
         if not first:
             return NO_DRAFT
         own.had_proposal = True
-        if own.acceptance.odds(first.kinds[0]) < least:
+        if own.acceptance.odds(first.kinds[0]) < least and not running.request.drafts.length:
             return NO_DRAFT
         return own.drafter.propose(most)
 

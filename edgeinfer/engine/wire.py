@@ -17,6 +17,7 @@ from edgeinfer.constraint import Constraint
 from edgeinfer.engine.draft_source import DraftSource
 from edgeinfer.engine.request import (
     CacheStats,
+    DraftOptions,
     Embedded,
     Ended,
     Event,
@@ -102,6 +103,7 @@ def request_to_wire(request: Request) -> dict[str, Any]:
         "embedding": request.embedding,
         "asked_by": request.asked_by,
         "visible_tokens": request.visible_tokens,
+        "drafts": asdict(request.drafts),
         "constraint": None if request.constraint is None else asdict(request.constraint),
     }
 
@@ -125,6 +127,7 @@ def request_from_wire(data: Mapping[str, Any]) -> Request:
         embedding=data["embedding"],
         asked_by=data["asked_by"],
         visible_tokens=tuple(data["visible_tokens"]),
+        drafts=DraftOptions(**{**data["drafts"], "says": tuple(data["drafts"]["says"])}),
         constraint=None if constraint is None else Constraint(**constraint),
     )
 
@@ -218,6 +221,7 @@ def draft_to_wire(draft: DraftSource) -> dict[str, Any]:
         "exit_path": None if draft.exit_path is None else str(draft.exit_path),
         "files": None if draft.files is None else files_to_wire(draft.files),
         "config": None if draft.config is None else asdict(draft.config),
+        "is_wanted": draft.is_wanted,
     }
 
 
@@ -226,4 +230,5 @@ def draft_from_wire(data: Mapping[str, Any]) -> DraftSource:
         None if data["exit_path"] is None else Path(data["exit_path"]),
         None if data["files"] is None else files_from_wire(data["files"]),
         None if data["config"] is None else config_from_wire(data["config"]),
+        data["is_wanted"],
     )

@@ -495,7 +495,17 @@ class Worker:
             if wrong is not None:
                 return {"error": f"token {wrong} is outside the vocabulary of {tokenizer.vocab_size}"}
             return {"text": tokenizer.decode(tokens)}
+        if what == "drafts":
+            return {"drafts": self._about_drafts(question["context"])}
         return {"status": asdict(engine.status())}
+
+    def _about_drafts(self, context: int) -> dict[str, Any]:
+        drafting = self._drafting
+        if drafting is None or drafting.speculation is None:
+            return {"reason": "" if drafting is None else drafting.reason, "costs": [], "model": {}}
+        speculation = drafting.speculation
+        costs = [list(pair) for pair in speculation.costs(context).items()]
+        return {"reason": "", "costs": costs, "model": speculation.about_model(context)}
 
     def _tokenize(
         self, prompt: str | None, tokens: Iterable[int] | None = None, is_bounded: bool = True
