@@ -26,13 +26,14 @@ def draw_drafts(
     """Raises OSError. outcomes: at least one kind."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(11, 4.4), layout="constrained")
+    canvas = Canvas(figsize=(15, 4.4), layout="constrained")
     canvas.suptitle(title, fontsize=11)
-    left, right = canvas.subplots(1, 2)
+    left, middle, right = canvas.subplots(1, 3)
     modes = [mode for mode in next(iter(outcomes.values())) if mode != PLAIN]
     colour = {mode: _COLOURS[index % len(_COLOURS)] for index, mode in enumerate(modes)}
     _speeds(left, outcomes, modes, colour)
-    _shares(right, outcomes, modes, colour, costs)
+    _shares(middle, outcomes, modes, colour, costs)
+    _curve(right, costs)
     save_picture(canvas, path)
 
 
@@ -91,7 +92,32 @@ def _shares(
             )
     axes.set_title("Share of drafted tokens that were right, by position", fontsize=10)
     axes.set_xlabel("position in the draft, all before it right")
+    axes.set_xticks(range(1, _MOST_POSITIONS + 1))
+    axes.set_xlim(0.8, _MOST_POSITIONS + 0.2)
     axes.set_ylim(0, 1.03)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _curve(axes: Axes, costs: Costs) -> None:
+    """What a step that checks takes, beside as many steps of one token."""
+    one = costs.step_s.get(1)
+    sizes = sorted(costs.step_s)
+    axes.set_title("Time of a step by its tokens, in steps of one", fontsize=10)
+    axes.set_xlabel("tokens of the step: the newest and those drafted")
+    if one and sizes:
+        times = [costs.step_s[size] / one for size in sizes]
+        axes.plot(sizes, times, "-o", color=_COLOURS[0], markersize=3, label="as measured")
+        if costs.draft_s:
+            with_draft = [
+                time + (size - 1) * costs.draft_s / one for size, time in zip(sizes, times, strict=True)
+            ]
+            label = f"with what the {costs.draft_mode} takes"
+            axes.plot(sizes, with_draft, "--o", color=_COLOURS[1], markersize=3, label=label)
+        axes.plot(sizes, sizes, ":", color="#222222", linewidth=1, label="no better than one by one")
+        axes.legend(frameon=False, fontsize=8)
+        axes.set_xticks(sizes)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -133,8 +133,10 @@ def test_what_was_measured_is_not_the_model_used_last(
     ("arguments", "said"),
     [
         (["--suite", "cache"], "--suite cache comes with a later version"),
-        (["--suite", "speculation"], "--suite speculation comes with a later version"),
-        (["--suite", "fast"], "--suite 'fast' does not exist; there are speed and concurrency"),
+        (
+            ["--suite", "fast"],
+            "--suite 'fast' does not exist; there are speed, concurrency and speculation",
+        ),
         (["--streams", "2"], "--streams belongs to --suite concurrency"),
         (["--suite", "concurrency", "--streams", "0"], "--streams '0' is no list of numbers"),
         (["--suite", "concurrency", "--streams", "65"], "--streams 65 is outside [1, 64]"),

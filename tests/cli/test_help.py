@@ -74,7 +74,7 @@ def test_version_is_one_line(console: Console) -> None:
         (["rnu"], "there is no command 'rnu'; did you mean 'run'?"),
         (
             ["zzz"],
-            "there are chat, run, serve, quantize, bench, eval, doctor, models, cache;"
+            "there are chat, run, serve, quantize, train-exit, bench, eval, doctor, models, cache;"
             " see `edgeinfer --help`",
         ),
         (["my.gguf"], "to chat with that model: edgeinfer chat my.gguf"),
