@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeinfer.backend import Runtime, SequenceStep, Step
 from edgeinfer.engine.draft import Draft
-from edgeinfer.errors import OutOfCells, StepFailed
+from edgeinfer.errors import EdgeInferError, OutOfCells
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,7 @@ class DraftModel:
         `failure`, and is not to be asked again."""
         try:
             return self._propose(wanted)
-        except (StepFailed, OutOfCells, ValueError) as error:
+        except (EdgeInferError, ValueError, OSError) as error:
             self.failure = f"the {self.mode} failed: {error}"
             return [Draft((), ())] * len(wanted)
 

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.conversion.gguf_head import TensorEntry, entry, head, numbers_entry
-from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
 from edgeinfer_models.gguf_header import GgufHeader, read_gguf_header
 
@@ -109,6 +107,9 @@ def write_exit_file(
     force: bool = False,
 ) -> None:
     """Whole or not at all. Raises UsageError where a file is there, OSError."""
+    from edgeinfer_models.conversion.gguf_head import TensorEntry, entry, head, numbers_entry
+    from edgeinfer_models.conversion.new_file import NewFile
+
     entries = [
         entry("general.architecture", ARCHITECTURE),
         entry("general.name", f"exit of {model_name} after layer {layer}"),

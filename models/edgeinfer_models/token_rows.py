@@ -3,16 +3,21 @@ own is fed with."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.conversion.sources import places_of
-from edgeinfer_models.gguf_header import GgufHeader
+from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
+from edgeinfer_models.ggml_types import row_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edgeinfer_models.gguf_header import GgufHeader
 
     Floats = npt.NDArray[np.float32]
     Array = npt.NDArray[Any]
@@ -21,39 +26,72 @@ _NAME = "token_embd.weight"
 _PLAIN = {"F32": "<f4", "F16": "<f2"}
 
 
-class TokenRows:
-    """Of one model, whose file is mapped: it must stay as it is. Thread-safe."""
+@dataclass(frozen=True)
+class RowsPlace:
+    """Where a model's embeddings lie: of `num_tokens` tokens, `width` numbers each, in rows of a type of
+    ggml's."""
 
-    def __init__(self, header: GgufHeader) -> None:
-        """Raises ModelFileInvalid, UnsupportedModel, OSError."""
-        import gguf
-        import numpy as np
+    path: Path
+    offset: int
+    type_name: str
+    width: int
+    num_tokens: int
+
+    @staticmethod
+    def of(header: GgufHeader) -> RowsPlace:
+        """Raises ModelFileInvalid."""
+        from edgeinfer_models.conversion.sources import places_of
 
         tensor = header.tensor(_NAME)
         if tensor is None or len(tensor.shape) != 2:
             raise ModelFileInvalid(f"{header.path}: has no token embeddings")
-        self.width, self.num_tokens = tensor.shape
-        self._kind = gguf.GGMLQuantizationType(tensor.ggml_type)
         path, offset = places_of(header)[_NAME]
-        held_as = _PLAIN.get(tensor.type_name, "u1")
-        columns = tensor.num_bytes // self.num_tokens // np.dtype(held_as).itemsize
-        shape = (self.num_tokens, columns)
-        self._rows: Array = np.memmap(path, held_as, "r", offset, shape)
-        self._is_plain = tensor.type_name in _PLAIN
+        return RowsPlace(path, offset, tensor.type_name, *tensor.shape)
+
+
+class TokenRows:
+    """Of one model, whose file must stay as it is. Read, not mapped: pages that were looked at once
+    would stay in the process's memory, sixteen for each row. Thread-safe."""
+
+    def __init__(self, place: RowsPlace) -> None:
+        """Raises ModelFileInvalid, UnsupportedModel, OSError."""
+        self.width, self.num_tokens = place.width, place.num_tokens
+        self._path, self._offset, self._type = place.path, place.offset, place.type_name
+        self._row_bytes = row_bytes(place.type_name, place.width)
+        self._lock = threading.Lock()
+        self._file = self._path.open("rb", buffering=0)
         try:
             self([0])
         except NotImplementedError:
+            self.close()
             raise UnsupportedModel(
-                f"{header.path}: its token embeddings ({tensor.type_name}) cannot be read back"
+                f"{place.path}: its token embeddings ({self._type}) cannot be read back"
             ) from None
 
     def __call__(self, tokens: Sequence[int]) -> Floats:
-        """(n, width). The tokens must be the model's."""
-        import gguf
+        """(n, width). The tokens must be the model's. Raises ModelFileInvalid where the file is no
+        longer whole."""
         import numpy as np
 
-        rows = np.asarray(self._rows[list(tokens)])
-        if self._is_plain:
-            return rows.astype(np.float32)
-        found: Floats = gguf.quants.dequantize(rows, self._kind)
+        raw = b"".join(self._raw(token) for token in tokens)
+        if self._type in _PLAIN:
+            numbers = np.frombuffer(raw, _PLAIN[self._type])
+            return numbers.astype(np.float32).reshape(len(tokens), self.width)
+        rows = np.frombuffer(raw, np.uint8).reshape(len(tokens), self._row_bytes)
+        if self._type in GRIDS:  # without the library, which takes megabytes of memory
+            return unpack(self._type, rows).numbers(GRIDS[self._type])
+        import gguf
+
+        found: Floats = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self._type.upper()])
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _raw(self, token: int) -> bytes:
+        with self._lock:
+            self._file.seek(self._offset + token * self._row_bytes)
+            found = self._file.read(self._row_bytes)
+        if len(found) != self._row_bytes:
+            raise ModelFileInvalid(f"{self._path}: has become shorter; load the model again")
         return found

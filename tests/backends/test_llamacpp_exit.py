@@ -15,7 +15,7 @@ from edgeinfer.measure.streams import GREEDY
 from edgeinfer_backends.llamacpp import LlamaCppBackend
 from edgeinfer_models.gguf_header import read_gguf_header
 from edgeinfer_models.model_files import ModelFiles
-from edgeinfer_models.token_rows import TokenRows
+from edgeinfer_models.token_rows import RowsPlace
 from tests.fixtures_exits import write_own_exit
 from tests.fixtures_gguf import write_tiny_gguf
 
@@ -81,7 +81,7 @@ def test_tokens_outside_the_models_vocabulary_are_refused(
     model: Path, own_exit: Path, tmp_path: Path
 ) -> None:
     runtime = loaded(model, own_exit, tmp_path / "drafts", "private")
-    handle, last = runtime.open(), TokenRows(read_gguf_header(model)).num_tokens
+    handle, last = runtime.open(), RowsPlace.of(read_gguf_header(model)).num_tokens
     for tokens in ([last], [-1], [1, last]):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             runtime.forward(Step([SequenceStep(handle, tokens)]))
@@ -137,7 +137,7 @@ def answer(model: Path, **options: object) -> tuple[str, RunStats, list[str]]:
 
 
 def test_answers_are_the_models_and_the_figures_say_who_drafted(model: Path, tmp_path: Path) -> None:
-    every = np.arange(TokenRows(read_gguf_header(model)).num_tokens, dtype=np.int32)
+    every = np.arange(RowsPlace.of(read_gguf_header(model)).num_tokens, dtype=np.int32)
     write_own_exit(model, tmp_path / "tiny.exit.gguf", every, {"agreement": [1.0]})
     plain, stats, _ = answer(model, speculate="off")
     assert stats.speculation.reason == "--speculate off"

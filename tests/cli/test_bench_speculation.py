@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeinfer_models.gguf_header import read_gguf_header
-from edgeinfer_models.token_rows import TokenRows
+from edgeinfer_models.token_rows import RowsPlace
 from tests.cli.conftest import Console, Invoke
 from tests.fixtures_exits import write_own_exit
 from tests.fixtures_gguf import write_tiny_gguf
@@ -20,7 +20,7 @@ KINDS = ["edit", "code", "lists", "chat"]
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", layers=3, weight_type="Q8_0", context=2048)
-    every = np.arange(TokenRows(read_gguf_header(path)).num_tokens, dtype=np.int32)
+    every = np.arange(RowsPlace.of(read_gguf_header(path)).num_tokens, dtype=np.int32)
     write_own_exit(path, tmp_path / "tiny.exit.gguf", every, {"agreement": [0.9]})
     return path
 

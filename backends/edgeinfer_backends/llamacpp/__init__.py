@@ -86,7 +86,11 @@ class LlamaCppBackend(Backend):
         from edgeinfer_backends.llamacpp.exit_draft import assembled
 
         draft, embeddings = assembled(files, exit_path, folder)
-        return self._load(draft, settings, lambda _: True, embeddings)
+        try:
+            return self._load(draft, settings, lambda _: True, embeddings)
+        except BaseException:
+            embeddings.close()
+            raise
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:
         return self._load(files, settings, progress, None)

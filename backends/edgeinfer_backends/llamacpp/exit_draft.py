@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeinfer.errors import EdgeInferError, LoadFailed, UnsupportedModel
-from edgeinfer_models.conversion.draft_file import write_draft
-from edgeinfer_models.exit_file import ExitFile, read_exit_file, require_exit_of
-from edgeinfer_models.gguf_header import GgufHeader
-from edgeinfer_models.gguf_model import read_gguf_model
+from edgeinfer_models.conversion.new_file import NewFile
 from edgeinfer_models.model_files import ModelFiles
-from edgeinfer_models.token_rows import TokenRows
+from edgeinfer_models.token_rows import RowsPlace, TokenRows
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edgeinfer_models.exit_file import ExitFile
+    from edgeinfer_models.gguf_header import GgufHeader
 
     Floats = npt.NDArray[np.float32]
 
@@ -48,34 +51,53 @@ class EmbeddedTokens:
 def assembled(files: ModelFiles, exit_path: Path, folder: Path) -> tuple[ModelFiles, TokenRows]:
     """The draft model's file, made if it is not there, and what it is fed with. Raises ModelFileInvalid,
     UnsupportedModel, LoadFailed."""
-    model = read_gguf_model(files.paths[0])
-    exit_file = read_exit_file(exit_path)
+    try:
+        path = folder / f"{_key(files.paths, exit_path)}.gguf"
+        about = path.with_suffix(".json")
+        if not (path.exists() and about.exists()):
+            _assemble(files, exit_path, path, about)
+        path.touch()
+        # All that is needed of the model is written there: its header, read, leaves megabytes behind.
+        told = json.loads(about.read_text("utf-8"))
+        place = RowsPlace(**{**told["embeddings"], "path": Path(told["embeddings"]["path"])})
+        weight_types = tuple((str(name), int(size)) for name, size in told["weight_types"])
+        rows = TokenRows(place)
+    except OSError as error:
+        raise LoadFailed(f"{folder}: the exit's first layers cannot be kept there ({error})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        about.unlink(missing_ok=True)
+        raise LoadFailed(f"{about}: was damaged ({error!r}), and is made anew the next time") from None
+    return ModelFiles(f"{files.name}'s exit", (path,), "gguf", weight_types=weight_types), rows
+
+
+def _assemble(files: ModelFiles, exit_path: Path, path: Path, about: Path) -> None:
+    from edgeinfer_models.exit_file import read_exit_file, require_exit_of
+    from edgeinfer_models.gguf_model import read_gguf_model
+
+    model, exit_file = read_gguf_model(files.paths[0]), read_exit_file(exit_path)
     if model.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{files.name}: no exit is run for models of the architecture {model.architecture[:40]};"
             f" for {', '.join(ARCHITECTURES)} they are"
         )
     require_exit_of(exit_file, model)
-    path = folder / f"{_key(model, exit_path)}.gguf"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with contextlib.suppress(OSError):
-                _make_room(folder)
-            _write(path, model, exit_file)
-        path.touch()
-    except OSError as error:
-        raise LoadFailed(f"{folder}: the exit's first layers cannot be kept there ({error})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _make_room(path.parent)
+    path.unlink(missing_ok=True)
+    _write(path, model, exit_file)
     sizes: dict[str, int] = {}
     for tensor in (*model.tensors, *exit_file.header.tensors):
         sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.num_bytes
-    found = ModelFiles(
-        f"{files.name}'s exit", (path,), "gguf", weight_types=tuple(sorted(sizes.items()))
-    )
-    return found, TokenRows(model)
+    place = asdict(RowsPlace.of(model))
+    told = {"embeddings": {**place, "path": str(place["path"])}, "weight_types": sorted(sizes.items())}
+    with NewFile(about, force=True) as new:
+        new.file.write(json.dumps(told).encode())
 
 
 def _write(path: Path, model: GgufHeader, exit_file: ExitFile) -> None:
+    from edgeinfer_models.conversion.draft_file import write_draft
+
     try:
         write_draft(path, model, exit_file, has_whole_head=False)
     except EdgeInferError:
@@ -83,10 +105,10 @@ def _write(path: Path, model: GgufHeader, exit_file: ExitFile) -> None:
             raise
 
 
-def _key(model: GgufHeader, exit_path: Path) -> str:
+def _key(paths: Sequence[Path], exit_path: Path) -> str:
     """Of all that it is made of, as files are told apart without reading them."""
     found = hashlib.sha256()
-    for path in (*model.shards, exit_path):
+    for path in (*paths, exit_path):
         stat = path.stat()
         found.update(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
     return found.hexdigest()[:32]
@@ -97,3 +119,4 @@ def _make_room(folder: Path) -> None:
     files = sorted(folder.glob("*.gguf"), key=lambda path: path.stat().st_mtime)
     for path in files[: max(0, len(files) + 1 - _KEPT_FILES)]:
         path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)

@@ -102,6 +102,7 @@ class LlamaCppRuntime(Runtime):
         self._abort_is_set = False
         self._tokenizer = LlamaTokenizer(native.vocab)
         self._vocab_size = self._tokenizer.vocab_size  # of logits
+        self._embeddings = embeddings
         self._num_tokens = self._vocab_size if embeddings is None else embeddings.num_tokens
         self._max_sequences = sequences
         self._scratch, self._grave, self._guard = sequences, sequences + 1, sequences + 2
@@ -699,6 +700,8 @@ class LlamaCppRuntime(Runtime):
             self._closed = True
             self._lib.llama_batch_free(self._batch)
             self._native.close()
+            if self._embeddings is not None:
+                self._embeddings.close()
 
     # -- cells -----------------------------------------------------------------------------------
 
