@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgeinfer_models.config import ModelConfig
 
 _ROWS = 16  # of logits
-_STEP_TOKENS = 64  # of a prompt, at most: what a step computes in takes megabytes
+_STEP_TOKENS = 32  # of a prompt, at most: what a step computes in takes megabytes
 _MOST_SAMPLED = 4096  # tokens whose texts are compared, spread over the vocabulary
 _SPARE_BYTES = 256 * 2**20  # that are left for everything else
 
