@@ -97,16 +97,16 @@ class Drafting:
         speculation, source = self.speculation, self._source
         if not self._is_undecided or speculation is None or source is None or not source.exit_path:
             return False
-        plain = speculation.seconds_of([1])
-        if plain is None or speculation.seconds_of([4]) is None:
+        known = speculation.costs(0)
+        if 1 not in known or 4 not in known:
             speculation.no_model = "whether its exit would pay is not measured yet"
             return False
         self._is_undecided = False
         try:
             found = read_exit_file(source.exit_path)
             layers = found.layer + found.new_layers
-            draft_s = plain * (1.0 + _HEAD) * layers / max(self._target.num_layers, layers)
-            needed = odds_needed(speculation.seconds_of, draft_s)
+            draft_s = known[1] * (1.0 + _HEAD) * layers / max(self._target.num_layers, layers)
+            needed = odds_needed(lambda tokens: known.get(sum(tokens)), draft_s)
             typical = exit_typical(found)
             if needed is None:
                 speculation.no_model = "its exit takes longer here than it could save"

@@ -441,6 +441,7 @@ class Engine:
                 del self._overrun[handle]
             else:
                 is_hit = running.tokens[-1] == drafted[number]
+                running.num_drafted += is_hit
                 self._speculation.checked(running, number, is_hit=is_hit)
                 if not is_hit:
                     return

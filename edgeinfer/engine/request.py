@@ -221,11 +221,13 @@ class Prefilled:
 @dataclass(frozen=True)
 class Text:
     """More of the answer, of one or more tokens. `num_tokens` decoded so far, whether or not their text
-    is out yet; `logprobs` of each token since the last of these events."""
+    is out yet; `logprobs` of each token since the last of these events; `num_drafted` of the tokens that
+    were guessed and right."""
 
     text: str
     num_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_drafted: int = 0
 
 
 @dataclass(frozen=True)

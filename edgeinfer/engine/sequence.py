@@ -67,6 +67,7 @@ class RunningRequest:
     first_token: float = 0.0
     last_token: float = 0.0
     draft: Tokens[int] = ()  # what the next step checks
+    num_drafted: int = 0  # of its answer, what was guessed and right
     hidden_sum: list[float] = field(default_factory=list)  # of an embedding's tokens so far
     warnings: list[str] = field(default_factory=list)
     has_own_end: bool = False  # that no end token says: stop strings, or a grammar's
@@ -169,7 +170,7 @@ class RunningRequest:
         """The event that tells the answer's text so far, if there is any to tell."""
         if not self.untold and not self.untold_logprobs:
             return []
-        told = Text(self.untold, self.num_answered, tuple(self.untold_logprobs))
+        told = Text(self.untold, self.num_answered, tuple(self.untold_logprobs), self.num_drafted)
         self.text.append(self.untold)
         self.untold = ""
         self.untold_logprobs.clear()

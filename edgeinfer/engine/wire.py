@@ -141,6 +141,8 @@ def config_from_wire(data: Mapping[str, Any]) -> ModelConfig:
 def event_to_wire(event: Event) -> dict[str, Any]:
     if isinstance(event, Text):  # the hot one
         wire: dict[str, Any] = {"kind": "text", "text": event.text, "n": event.num_tokens}
+        if event.num_drafted:
+            wire["drafted"] = event.num_drafted
         if event.logprobs:
             wire["logprobs"] = [asdict(logprob) for logprob in event.logprobs]
         return wire
@@ -167,7 +169,7 @@ def event_from_wire(data: Mapping[str, Any]) -> Event:
             )
             for item in data.get("logprobs", ())
         )
-        return Text(data["text"], data["n"], logprobs)
+        return Text(data["text"], data["n"], logprobs, data.get("drafted", 0))
     if kind == "queued":
         return Queued(data["prompt_tokens"], data["prompt_end"])
     if kind == "started":

@@ -73,6 +73,17 @@ class Metrics:
         self.accepted_tokens = Counter(
             "edgeinfer_accepted_tokens", "Guessed tokens that were right.", registry=registry
         )
+        self.drafted_answers = Counter(
+            "edgeinfer_drafted_answers",
+            "Answers by who drafted for them (none: nobody).",
+            ["mode"],
+            registry=registry,
+        )
+        self.saved_seconds = Counter(
+            "edgeinfer_draft_saved_seconds",
+            "Time that answers would have taken more without drafts, as measured costs have it.",
+            registry=registry,
+        )
         self._gauges = {
             "running": Gauge("edgeinfer_running_requests", "Being answered.", registry=registry),
             "waiting": Gauge("edgeinfer_waiting_requests", "Waiting for a slot.", registry=registry),
@@ -110,6 +121,11 @@ class Metrics:
         self.evicted_tokens.inc(stats.kv.newly_evicted)
         self.drafted_tokens.inc(stats.speculation.drafted)
         self.accepted_tokens.inc(stats.speculation.accepted)
+        if stats.usage.completion_tokens:
+            self.drafted_answers.labels(stats.speculation.mode).inc()
+        rate, speedup = stats.timings.decode_tok_s, stats.speculation.speedup
+        if rate and speedup > 1.0:
+            self.saved_seconds.inc((stats.usage.completion_tokens - 1) / rate * (speedup - 1.0))
 
     def _count_cache(self, stats: RunStats) -> None:
         self.cache_lookups.labels(stats.cache.tier).inc()

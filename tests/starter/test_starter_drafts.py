@@ -11,13 +11,17 @@ import pytest
 
 from edgeinfer.backend import RuntimeSettings
 from edgeinfer.client import LocalClient, Message, OpenOptions, Request
+from edgeinfer.engine.draft_source import DraftSource, load_draft
 from edgeinfer.engine.engine import Engine
+from edgeinfer.engine.lookup import Lookup
 from edgeinfer.engine.request import Ended, RunStats
 from edgeinfer.engine.speculation import Speculation
 from edgeinfer.engine.window import Window
+from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.measure.kinds_of_work import KINDS, question
 from edgeinfer.measure.streams import GREEDY
 from edgeinfer.registry import get_backend
+from edgeinfer_models.exit_file import SHIPPED_EXITS
 from edgeinfer_models.model_files import ModelFiles
 
 pytestmark = pytest.mark.model
@@ -26,8 +30,9 @@ TOKENS = 48
 
 
 def answers(
-    path: Path, kv: str, layout: str, *, at_once: int, window: int, drafts: bool
+    path: Path, kv: str, layout: str, *, at_once: int, window: int, drafts: str = ""
 ) -> list[RunStats]:
+    """drafts: "lookup", "exit", or neither."""
     settings = RuntimeSettings(
         context=512,
         sequences=at_once,
@@ -37,19 +42,26 @@ def answers(
         threads=1,
         threads_batch=1,
     )
-    runtime = get_backend("llamacpp").load(
-        ModelFiles("starter", (path,), "gguf"), settings, lambda _: True
-    )
+    backend, files = get_backend("llamacpp"), ModelFiles("starter", (path,), "gguf")
+    runtime = backend.load(files, settings, lambda _: True)
     speculation = None
     if drafts:  # of any length, whatever it costs
         draw = random.Random(1)
         most = min(runtime.facts.max_logit_rows, runtime.facts.stable_chunk_tokens - 1)
-        speculation = Speculation(lambda tokens, _: 1.0 + draw.random() * tokens, most, window)
+        lookup = Lookup if drafts == "lookup" else None
+        speculation = Speculation(lambda tokens, _: 1.0 + draw.random() * tokens, most, window, lookup)
+    if speculation is not None and drafts == "exit":
+        source = DraftSource(exit_path=SHIPPED_EXITS / "smollm2.exit.gguf")
+        folder = costs_folder().parent / "drafts"
+        loaded = load_draft(source, backend, files, 30, runtime, settings, folder, 2**40)
+        speculation.use_model(loaded.model, loaded.typical)
     engine = Engine(
         runtime, model="starter", max_running=at_once, window=Window(window), speculation=speculation
     )
     ends: dict[int, Ended] = {}
-    with contextlib.closing(engine):
+    with contextlib.closing(engine), contextlib.ExitStack() as stack:
+        if speculation is not None:
+            stack.callback(speculation.close)
         for number, kind in enumerate(KINDS):
             text = f"<|im_start|>user\n{question(kind, number)}<|im_end|>\n<|im_start|>assistant\n"
             found = runtime.tokenizer.encode(text, add_special=True, parse_special=True)
@@ -67,19 +79,21 @@ def answers(
 
 
 @pytest.mark.parametrize(
-    ("kv", "layout", "at_once", "window"),
+    ("kv", "layout", "at_once", "window", "drafts"),
     [
-        ("f16", "private", 4, 512),
-        ("f16", "shared", 4, 512),
-        ("q8_0", "private", 4, 128),
-        ("f16", "private", 1, 128),
+        ("f16", "private", 4, 512, "lookup"),
+        ("f16", "shared", 4, 512, "lookup"),
+        ("q8_0", "private", 4, 128, "lookup"),
+        ("f16", "private", 1, 128, "lookup"),
+        ("f16", "private", 4, 128, "exit"),
+        ("q8_0", "shared", 4, 512, "exit"),
     ],
 )
 def test_answers_are_those_without_drafts(
-    starter: Path, kv: str, layout: str, at_once: int, window: int
+    starter: Path, kv: str, layout: str, at_once: int, window: int, drafts: str
 ) -> None:
-    plain = answers(starter, kv, layout, at_once=1, window=window, drafts=False)
-    drafted = answers(starter, kv, layout, at_once=at_once, window=window, drafts=True)
+    plain = answers(starter, kv, layout, at_once=1, window=window)
+    drafted = answers(starter, kv, layout, at_once=at_once, window=window, drafts=drafts)
     assert [one.text for one in drafted] == [one.text for one in plain]
     assert sum(one.speculation.accepted for one in drafted) > 0
     assert [one.kv.evicted_tokens for one in drafted] == [one.kv.evicted_tokens for one in plain]

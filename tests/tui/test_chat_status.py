@@ -99,3 +99,18 @@ def test_a_narrow_line_keeps_the_state_and_never_overflows() -> None:
         assert line.cell_length <= width
         if width >= 11:
             assert "answering" in str(line)
+
+
+def test_drafts_are_told_while_the_answer_comes_and_why_there_were_none() -> None:
+    figures = Figures(state="ready", context=2048)
+    figures.asked(1.0)
+    figures.observe(Text("a", 12, num_drafted=5), 2.0)
+    assert "5 of 12 drafted" in str(status_content(figures, 100))
+    drafted = RunStats(speculation=SpeculationStats("lookup+exit", 9, 6, 3, speedup=1.84))
+    figures.observe(Ended("finished", drafted), 3.0)
+    assert "1.8x by lookup+exit" in str(status_content(figures, 100))
+    figures.asked(4.0)
+    none = RunStats(speculation=SpeculationStats(reason="the answer repeats nothing"))
+    figures.observe(Ended("finished", none), 5.0)
+    assert "no drafts: the answer repeats nothing" in str(status_content(figures, 100))
+    assert "no drafts" not in str(status_content(figures, 40))

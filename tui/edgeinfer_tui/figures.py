@@ -26,7 +26,8 @@ class Figures:
     used_tokens: int | None = None
     cached_tokens: int = 0
     evicted_tokens: int = 0
-    drafts: str = ""  # what they brought the last answer
+    drafts: str = ""  # what they bring, or brought the last answer
+    no_drafts: str = ""  # why there were none
 
     _started_at: float = 0.0
     _prompt_tokens: int = 0
@@ -40,7 +41,7 @@ class Figures:
         """A request goes out; the last one's rates are not this one's."""
         self.state, self.prompt_percent = "reading", 0
         self.tok_s = self.ttft_s = None
-        self.drafts = ""
+        self.drafts = self.no_drafts = ""
         self._started_at, self._first = at, None
 
     def forget(self) -> None:
@@ -48,7 +49,7 @@ class Figures:
         self.state = "ready"
         self.tok_s = self.ttft_s = self.used_tokens = None
         self.cached_tokens = self.evicted_tokens = 0
-        self.drafts = ""
+        self.drafts = self.no_drafts = ""
 
     def observe(self, event: Event, at: float) -> None:
         """Take in an event that arrived at time `at`, in seconds of the clock `asked` was told."""
@@ -73,6 +74,8 @@ class Figures:
         first_at, first_tokens = self._first
         if at > first_at and event.num_tokens > first_tokens:
             self.tok_s = (event.num_tokens - first_tokens) / (at - first_at)
+        if event.num_drafted:
+            self.drafts = f"{event.num_drafted} of {event.num_tokens} drafted"
         self.used_tokens = self._prompt_tokens + event.num_tokens
         if self.context:  # beyond it the engine evicts; how much, it says at the end
             self.used_tokens = min(self.used_tokens, self.context)
@@ -93,6 +96,8 @@ class Figures:
             self.ttft_s = stats.timings.ttft_s
         if stats.speculation.steps:
             self.drafts = f"{stats.speculation.speedup:.1f}x by {stats.speculation.mode}"
+        elif stats.speculation.reason != "none":
+            self.no_drafts = f"no drafts: {stats.speculation.reason}"
         if stats.usage.prompt_tokens:
             self.cached_tokens = stats.usage.cached_tokens
             total = stats.usage.prompt_tokens + stats.usage.completion_tokens

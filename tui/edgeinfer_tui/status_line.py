@@ -35,6 +35,7 @@ class StatusLine(Widget):
 
     def show(self, figures: Figures) -> None:
         self.figures = replace(figures)  # a copy: the reactive compares, and repaints only on change
+        self.tooltip = figures.no_drafts or None  # which is the first to go where there is no room
 
     def render(self) -> Content:
         return status_content(self.figures, self.size.width)
@@ -83,6 +84,8 @@ def _figure_texts(figures: Figures) -> list[str]:
         texts.append(f"TTFT {_seconds(figures.ttft_s)}")
     if figures.cached_tokens:
         texts.append(f"{figures.cached_tokens:,} cached")
+    if figures.no_drafts:
+        texts.append(figures.no_drafts)
     return texts
 
 
