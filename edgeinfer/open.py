@@ -206,10 +206,22 @@ def _draft_source(
     """Who drafts beside lookups. What is wrong with an exit is a warning: answers come without it.
     Raises UsageError, ModelError for a model that is not there."""
     if options.speculate in ("off", "lookup"):
+        if options.draft is not None:
+            warnings.append(f"--draft is not used: --speculate {options.speculate} has no need of it")
         return None
     if options.speculate == "draft" and options.draft is None:
         raise UsageError("--speculate draft: name the model that drafts with --draft MODEL")
-    if options.draft is None or options.draft.endswith(EXIT_SUFFIX):
+    is_exit = options.draft is None or options.draft.endswith(EXIT_SUFFIX)
+    if options.speculate == "draft" and is_exit:
+        raise UsageError(
+            "--speculate draft takes a model, and --draft names an exit; take --speculate exit"
+        )
+    if options.speculate == "exit" and not is_exit:
+        raise UsageError(
+            "--speculate exit takes an exit (NAME.exit.gguf), and --draft names a model; take"
+            " --speculate draft"
+        )
+    if is_exit:
         path = Path(options.draft).expanduser() if options.draft else find_exit(resolved)
         if path is None:
             return None
@@ -221,7 +233,13 @@ def _draft_source(
             warnings.append(f"drafts are without the exit: {error}")
             return None
         return DraftSource(exit_path=path, is_wanted=options.measures_drafts)
-    found = resolve_model(options.draft, pull_missing=pull_missing)
+    try:
+        found = resolve_model(options.draft, pull_missing=pull_missing)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"--draft: {error}") from None
+    except ModelError as error:
+        warnings.append(f"drafts are without it: --draft: {error}")
+        return None
     if found.files.format != resolved.files.format:
         warnings.append(
             f"drafts are without {found.files.name}: it is in another form ({found.files.format}) than"

@@ -2,7 +2,8 @@
 
 The model is the 1B shape whose last layers change nothing (the matrices that write to its states are
 zero there), so an exit after the first ones says what the whole says. Each draft is of three tokens.
-Compared are the measured speed-up and what the costs of both models' steps, measured before, predict:
+Compared are the measured speed-up and what the costs of both models' steps, as the worker measured
+them, predict:
 four tokens in the time of a step of four and three of the exit's.
 """
 

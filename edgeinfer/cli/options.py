@@ -179,7 +179,7 @@ Draft = Annotated[
     _option(
         "draft",
         "A smaller model with the same tokenizer, which guesses tokens; or the file of an exit"
-        " (NAME.exit.gguf). Default: the exit that lies beside the model, if there is one.",
+        " (NAME.exit.gguf). Default: the model's exit: beside it, trained here, or one of ours.",
         "MODEL",
         _MODEL,
     ),

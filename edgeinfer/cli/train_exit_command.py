@@ -83,7 +83,7 @@ def train_exit(
     except KeyboardInterrupt:
         status.close()
         folder = work_folder(job, header, place)
-        if folder.is_dir() and not quiet:
+        if not quiet and any(folder.glob("*")):
             sys.stderr.write(
                 f"edgeinfer: what is done is kept in {folder}; the same command goes on from there\n"
             )

@@ -30,14 +30,13 @@ from edgeinfer_models.chat_template import TemplateRenderer, template_of
 from edgeinfer_models.conversion.conversion import lacking_room
 from edgeinfer_models.conversion.draft_file import write_draft
 from edgeinfer_models.conversion.new_file import require_place
-from edgeinfer_models.exit_file import fingerprint, read_exit_file
+from edgeinfer_models.exit_file import ARCHITECTURES, fingerprint, read_exit_file
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import read_gguf_model
 
 if TYPE_CHECKING:
     from edgeinfer_models.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LEAST_MINUTES = 0.05
 MOST_TEXT_BYTES = 64 * 2**20
 _WRITING = 0.4  # of the time
@@ -92,15 +91,24 @@ def plan_exit(job: ExitJob) -> tuple[GgufHeader, ExitPlace]:
     if num_layers < 2:
         raise UnsupportedModel(f"{job.model.name}: has one layer; there is nothing to leave early")
     place = job.place or ExitPlace(best_layer(num_layers))
-    if not 0 < place.layer < num_layers or place.new_layers > num_layers:
+    if place.new_layers > num_layers:
+        raise UsageError(f"--layer {place.name}: an exit has at most the model's {num_layers} layers")
+    if not 0 < place.layer < num_layers:
         raise UsageError(
             f"--layer {place.name}: the model has {num_layers} layers; an exit lies after layer 1 to"
             f" {num_layers - 1}"
         )
     for path in filter(None, (job.out, job.draft_path)):
         require_place(path, job.model, force=job.force)
+    if job.draft_path is not None and job.draft_path.absolute() == job.out.absolute():
+        raise UsageError("--export-draft and -o name one file; give the draft model another")
+    if job.draft_path is not None and not job.draft_path.absolute().parent.is_dir():
+        raise UsageError(f"--export-draft {job.draft_path}: there is no such folder")
     if job.text is not None and not job.text.is_file():
         raise UsageError(f"--text {job.text}: no such file")
+    if job.text is not None and job.text.stat().st_size > MOST_TEXT_BYTES:
+        most = MOST_TEXT_BYTES // 2**20
+        raise UsageError(f"--text {job.text}: is larger than {most} MiB; give a part of it")
     _require_room(job, header, place, num_layers)
     return header, place
 
@@ -110,26 +118,24 @@ def train_exit(job: ExitJob, told: Told, progress: Progress) -> TrainedExit:
     KeyboardInterrupt with what was done kept in `work_folder(job)`."""
     header, place = plan_exit(job)
     begin = time.monotonic()
+    rows = get_backend("llamacpp").row_quantizer()
     trainer = get_backend("torch").exit_trainer(job.model, job.device, told)
     told(f"loaded {job.model.name} on {trainer.device_name}; the exit is after layer {place.name}")
     try:
         figures = _trained(job, header, place, trainer, told, progress)
-        rows = get_backend("llamacpp").row_quantizer()
-        try:
-            write_exit(
-                job.out,
-                header,
-                place,
-                trainer.weights(place),
-                figures.kept,
-                _told_in_file(figures, place),
-                rows,
-                force=job.force,
-            )
-        finally:
-            rows.close()
+        write_exit(
+            job.out,
+            header,
+            place,
+            trainer.weights(place),
+            figures.kept,
+            _told_in_file(figures, place),
+            rows,
+            force=job.force,
+        )
     finally:
         trainer.close()
+        rows.close()
     if job.draft_path is not None:
         exit_file = read_exit_file(job.out)
         write_draft(job.draft_path, header, exit_file, has_whole_head=True, force=job.force)
@@ -141,7 +147,7 @@ def train_exit(job: ExitJob, told: Told, progress: Progress) -> TrainedExit:
 def work_folder(job: ExitJob, header: GgufHeader, place: ExitPlace) -> Path:
     """Of all that decides what is learnt from what."""
     found = hashlib.sha256(fingerprint(header).encode())
-    found.update(f"{place.name} {job.plan}".encode())
+    found.update(f"{place.name} {job.device} {job.plan}".encode())
     if job.text is not None:
         found.update(job.text.read_bytes())
     return costs_folder().parent / "train-exit" / found.hexdigest()[:24]
@@ -159,6 +165,9 @@ def _trained(
     progress: Progress,
 ) -> ExitFigures:
     plan = _plan(job, place, trainer)
+    own_texts: Texts | None = None
+    if job.text is not None:
+        own_texts = _own_texts(job.text, trainer.tokenizer, plan.length)
     folder, digest = work_folder(job, header, place), fingerprint(header)
     folder.mkdir(parents=True, exist_ok=True)
     texts_path, learnt_path = folder / "texts", folder / "learnt"
@@ -166,10 +175,17 @@ def _trained(
     learnt = _read(lambda: load_learnt(learnt_path, digest), learnt_path, told)
     current: list[ExitFigures] = []
 
+    def kept(save: Callable[[], None]) -> None:
+        """Training goes on where what is done so far cannot be kept."""
+        try:
+            save()
+        except OSError as error:
+            told(f"what is done so far could not be kept ({error}); it would be lost if this is stopped")
+
     def keep(figures: ExitFigures) -> None:
         current[:] = [figures]
         if 0.0 < figures.done < 1.0:
-            save_learnt(learnt_path, training.learnt(figures), digest)
+            kept(lambda: save_learnt(learnt_path, training.learnt(figures), digest))
 
     template = template_of(header)
     with TemplateRenderer(template.text, template.bos, template.eos) as renderer:
@@ -181,10 +197,13 @@ def _trained(
             Library(),
             told,
             keep,
-            lambda written: save_texts(texts_path, written, digest),
+            lambda written: kept(lambda: save_texts(texts_path, written, digest)),
             progress,
         )
-        train, held_out = _texts(job, plan, training, texts, learnt, trainer, told)
+        train, held_out = _texts(job, plan, training, texts, learnt, told)
+    if own_texts is not None:
+        told(f"and {len(own_texts):,} texts of yours")
+        train = joined([train, own_texts.cut(train.length)])
     share = 1.0 - _WRITING
     if learnt is not None:
         told(f"goes on where it stopped: {learnt.done:.0%} learnt")
@@ -194,7 +213,7 @@ def _trained(
         return training.train(train, held_out, until, learnt)
     except KeyboardInterrupt:
         if current and 0.0 < current[0].done < 1.0:
-            save_learnt(learnt_path, training.learnt(current[0]), digest)
+            kept(lambda: save_learnt(learnt_path, training.learnt(current[0]), digest))
         raise
 
 
@@ -204,7 +223,6 @@ def _texts(
     training: ExitTraining,
     begun: Texts | None,
     learnt: Learnt | None,
-    trainer: ExitTrainer,
     told: Told,
 ) -> tuple[Texts, Texts]:
     """To learn from, and held out."""
@@ -217,10 +235,6 @@ def _texts(
         now, seconds = time.monotonic(), 60.0 * job.minutes * _WRITING
         train, held = training.write(now + seconds, now + 1.5 * seconds, begun)
     told(f"{len(train):,} texts to learn from, {train.written_tokens:,} tokens of the model's own")
-    if job.text is not None:
-        own = _own_texts(job.text, trainer.tokenizer, train.length)
-        told(f"and {len(own):,} of {job.text.name}")
-        train = joined([train, own])
     return train, held
 
 

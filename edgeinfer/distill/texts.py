@@ -46,6 +46,10 @@ class Texts:
         rows = slice(start, stop)
         return Texts(self.tokens[rows], self.kinds[rows], self.groups[rows], self.temperatures[rows])
 
+    def cut(self, length: int) -> Texts:
+        """As many texts, of at most so many tokens."""
+        return Texts(self.tokens[:, :length], self.kinds[:, :length], self.groups, self.temperatures)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -10,14 +10,15 @@ Elhoushi et al. 2024, arXiv:2404.16710, and Liu et al. 2024, arXiv:2404.18911.
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from edgeinfer.backend import Runtime, SequenceStep, Step
-from edgeinfer.engine.draft import Draft
+from edgeinfer.engine.draft import NO_DRAFT, Draft
 from edgeinfer.errors import EdgeInferError, OutOfCells
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from edgeinfer.engine.sequence import RunningRequest
 
     Kept = npt.NDArray[np.int32]
+
+log = logging.getLogger("edgeinfer.drafts")
 
 DraftMode = Literal["exit", "draft"]
 
@@ -75,12 +78,14 @@ class DraftModel:
         self._resting: list[_Followed] = []  # of requests that ended, the newest last
         self._step_s: dict[int, float] = {}  # by how many sequences it has, a token each
         self._read_s = 0.0  # a token of a prompt
+        self.num_read = 0  # tokens of prompts
         self.failure = ""  # why it drafts no more
 
     # -- what it costs ---------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Of a step of one token, so that something is known before the first draft."""
+        """Of a step of one token, and of some of a prompt, so that something is known before the first
+        draft."""
         handle = self.runtime.open()
         try:
             for _ in range(_MEASURED_STEPS):
@@ -88,6 +93,11 @@ class DraftModel:
                 self.runtime.forward(Step([SequenceStep(handle, [0])]))
                 seconds = time.perf_counter() - begin
                 self._step_s[1] = min(self._step_s.get(1, seconds), seconds)
+            count = min(_AT_ONCE, self.runtime.facts.max_step_tokens)
+            for _ in range(2):
+                begin = time.perf_counter()
+                self.runtime.forward(Step([SequenceStep(handle, [0] * count, "none")]))
+                self._read_s = (time.perf_counter() - begin) / count
         finally:
             self.runtime.free(handle)
 
@@ -110,16 +120,40 @@ class DraftModel:
 
     def unread(self, running: RunningRequest) -> int:
         """Tokens before its newest one that have to be read before it can be drafted for."""
-        return max(0, len(running.tokens) - 1 - self._follow(running).agreed)
+        try:
+            return max(0, len(running.tokens) - 1 - self._follow(running).agreed)
+        except (EdgeInferError, ValueError) as error:
+            if not isinstance(error, OutOfCells):
+                self._fail(error)
+            return len(running.tokens) - 1
+
+    def set_threads(self, threads: int) -> None:
+        if threads != self.runtime.facts.threads and not self.failure:
+            try:
+                self.runtime.set_threads(threads, threads)
+            except (EdgeInferError, ValueError) as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """It drafts no more, and its memory is given back."""
+        self.failure = f"the {self.mode} failed: {error}"
+        log.warning("%s", self.failure)
+        self._followed.clear()
+        self._resting.clear()
+        self.runtime.close()
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         """A draft for each; none where it has no room. Raises nothing: where it fails it says so in
         `failure`, and is not to be asked again."""
         try:
             return self._propose(wanted)
+        except OutOfCells:
+            if self._resting:
+                self.runtime.free(self._resting.pop(0).handle)
+            return [NO_DRAFT] * len(wanted)
         except (EdgeInferError, ValueError, OSError) as error:
-            self.failure = f"the {self.mode} failed: {error}"
-            return [Draft((), ())] * len(wanted)
+            self._fail(error)
+            return [NO_DRAFT] * len(wanted)
 
     def _propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in wanted]
@@ -129,25 +163,41 @@ class DraftModel:
             if each.most > 0 and (unread := self._catch_up(each.running)):
                 newest[index] = unread
         while newest:
-            places = list(newest)
-            followed = [self._followed[wanted[index].running.key] for index in places]
-            parts = [
-                SequenceStep(each.handle, newest[index])
-                for each, index in zip(followed, places, strict=True)
-            ]
-            begin = time.perf_counter()
-            result = self.runtime.forward(Step(parts))
-            guesses = [self._guess(start) for start in result.starts]
-            if all(len(part.tokens) == 1 for part in parts):
-                self._learn_step(len(parts), time.perf_counter() - begin)
-            for index, own, (token, kind) in zip(places, followed, guesses, strict=True):
-                own.cells += newest.pop(index)
-                tokens[index].append(token)
-                kinds[index].append(kind)
-                asked = wanted[index]
-                if len(tokens[index]) < asked.most and asked.going_on(kinds[index]):
-                    newest[index] = [token]
+            going_on: dict[int, list[int]] = {}
+            for places in self._in_steps(newest):
+                followed = [self._followed[wanted[index].running.key] for index in places]
+                parts = [
+                    SequenceStep(each.handle, newest[index])
+                    for each, index in zip(followed, places, strict=True)
+                ]
+                begin = time.perf_counter()
+                result = self.runtime.forward(Step(parts))
+                guesses = [self._guess(start) for start in result.starts]
+                if all(len(part.tokens) == 1 for part in parts):
+                    self._learn_step(len(parts), time.perf_counter() - begin)
+                for index, own, (token, kind) in zip(places, followed, guesses, strict=True):
+                    own.cells += newest[index]
+                    tokens[index].append(token)
+                    kinds[index].append(kind)
+                    asked = wanted[index]
+                    if len(tokens[index]) < asked.most and asked.going_on(kinds[index]):
+                        going_on[index] = [token]
+            newest = going_on
         return [Draft(tuple(a), tuple(b)) for a, b in zip(tokens, kinds, strict=True)]
+
+    def _in_steps(self, newest: Mapping[int, list[int]]) -> list[list[int]]:
+        """Which requests' tokens are run together, as far as a step has room for them."""
+        facts = self.runtime.facts
+        steps: list[list[int]] = [[]]
+        count = 0
+        for index, tokens in newest.items():
+            is_full = count + len(tokens) > facts.max_step_tokens
+            if steps[-1] and (is_full or len(steps[-1]) == facts.max_logit_rows):
+                steps.append([])
+                count = 0
+            steps[-1].append(index)
+            count += len(tokens)
+        return steps
 
     def _catch_up(self, running: RunningRequest) -> list[int]:
         """Read all but the last few tokens, which it returns: none where there is no room for it."""
@@ -160,15 +210,16 @@ class DraftModel:
             return []
         if self._kept is None and left and max(left) >= facts.vocab_size:
             return []  # of the target's tokens this one lacks
-        while len(left) > _AT_ONCE:
+        while len(left) > min(_AT_ONCE, facts.max_step_tokens):
             count = min(facts.max_step_tokens, len(left) - 1)
             piece, left = left[:count], left[count:]
             begin = time.perf_counter()
             self.runtime.forward(Step([SequenceStep(own.handle, piece, "none")]))
-            if len(piece) > _AT_ONCE:
+            if len(piece) >= _AT_ONCE:
                 self._read_s = (time.perf_counter() - begin) / len(piece)
             own.cells += piece
             own.agreed = len(own.cells)
+            self.num_read += len(piece)
         return left
 
     def _guess(self, row: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Who drafts beside lookups, as it was asked for, and loading it: an early exit, or a smaller model.
 
-Whatever is wrong with it costs drafts, never the model: it is told, and answers come without.
+Whatever is wrong with it costs drafts, never the model: it is told (at the load, or where it is found
+out later as the reason in an answer's stats), and answers come without.
 """
 
 from __future__ import annotations
@@ -102,9 +103,11 @@ def exit_typical(exit_file: ExitFile) -> tuple[float, ...]:
     """What its training found on held-out texts, the least of the kinds; () where it says nothing that
     can be used."""
     found = exit_file.told.get("agreement")
-    if not isinstance(found, list) or not all(isinstance(each, float | int) for each in found):
+    if not isinstance(found, list):
         return ()
-    return tuple(min(max(float(each), 0.0), 1.0) for each in found[:16])
+    if not all(isinstance(each, float | int) and 0 <= each <= 1 for each in found):
+        return ()
+    return tuple(float(each) for each in found[:16])
 
 
 def _exit_bytes(
@@ -115,10 +118,13 @@ def _exit_bytes(
     settings: RuntimeSettings,
 ) -> int:
     """Its share of the model's weights and keys and values, about."""
-    weights = sum(path.stat().st_size for path in files.paths)
+    weights = sum(size for _, size in files.weight_types)
     share = min(1.0, (exit_file.layer + exit_file.new_layers) / max(num_layers, 1))
     cells = settings.context * settings.sequences
-    return int(share * (weights + cells * target.facts.kv_bytes_per_token))
+    keys_and_values = cells * target.facts.kv_bytes_per_token
+    if target.facts.kv_type_k != "f16":  # in which the exit's are
+        keys_and_values *= 2
+    return int(share * (weights + keys_and_values))
 
 
 def _require_memory(needed: int, available: int) -> None:

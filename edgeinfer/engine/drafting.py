@@ -1,13 +1,13 @@
 """Which drafts a loaded model gets: decided when it is loaded and, where it takes measured costs to say
 whether its exit would pay, once those are known.
 
-What only might help is not loaded: an exit takes memory and a part of a second.
+What only might help is not loaded: an exit takes memory, and time to load.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Drafting:
         if reason or tuner is None:
             return reason
         if speculate == "exit" and (source is None or source.exit_path is None):
-            return f"no exit of {target.files.name} is here"
+            return f"no exit of {target.files.name} is here; `edgeinfer train-exit` makes one"
         has_lookup = speculate in ("auto", "lookup")
         self.speculation = Speculation.of(target.runtime, target.window, tuner, has_lookup=has_lookup)
         if source is None or speculate == "lookup":
@@ -84,12 +84,11 @@ class Drafting:
             self._is_undecided = True
             self.decide()
             return ""
-        try:
-            self._load(source)
-        except EdgeInferError as error:
-            if not has_lookup:
-                return str(error)
-            self.warnings.append(f"drafts are by lookup alone: {error}")
+        problem = self._loaded(source)
+        if problem and not has_lookup:
+            return problem
+        if problem:
+            self.warnings.append(f"drafts are by lookup alone: {problem}")
         return ""
 
     def decide(self) -> bool:
@@ -102,28 +101,47 @@ class Drafting:
             speculation.no_model = "whether its exit would pay is not measured yet"
             return False
         self._is_undecided = False
-        try:
-            found = read_exit_file(source.exit_path)
-            layers = found.layer + found.new_layers
-            draft_s = known[1] * (1.0 + _HEAD) * layers / max(self._target.num_layers, layers)
-            needed = odds_needed(lambda tokens: known.get(sum(tokens)), draft_s)
-            typical = exit_typical(found)
-            if needed is None:
-                speculation.no_model = "its exit takes longer here than it could save"
-            elif typical and typical[0] + _BETTER < needed:
-                speculation.no_model = (
-                    f"its exit would have to be right {needed:.0%} of the time to pay here"
-                    f" ({typical[0]:.0%} where it was measured)"
-                )
-            else:
-                speculation.no_model = ""
-                self._load(source)
-        except EdgeInferError as error:
-            speculation.no_model = str(error)
-            self.warnings.append(f"drafts are by lookup alone: {error}")
+        speculation.no_model = self._decided(speculation, source, source.exit_path, known)
         if speculation.no_model:
             log.info("no drafts by the exit: %s", speculation.no_model)
         return True
+
+    def _decided(
+        self,
+        speculation: Speculation,
+        source: DraftSource,
+        exit_path: Path,
+        known: Mapping[int, float],
+    ) -> str:
+        """Why the exit is not loaded, or "". known: seconds of steps of so many tokens."""
+        try:
+            found = read_exit_file(exit_path)
+        except EdgeInferError as error:
+            return str(error)
+        layers = found.layer + found.new_layers
+        draft_s = known[1] * (1.0 + _HEAD) * layers / max(self._target.num_layers, layers)
+        needed = odds_needed(lambda tokens: known.get(sum(tokens)), draft_s)
+        typical = exit_typical(found)
+        if needed is None:
+            return "its exit takes longer here than it could save"
+        if typical and typical[0] + _BETTER < needed:
+            return (
+                f"its exit would have to be right {needed:.0%} of the time to pay here"
+                f" ({typical[0]:.0%} where it was measured)"
+            )
+        return self._loaded(source)
+
+    def _loaded(self, source: DraftSource) -> str:
+        """What is wrong with it, or ""."""
+        try:
+            self._load(source)
+        except EdgeInferError as error:
+            log.warning("no drafts: %s", error)
+            return str(error)
+        except Exception as error:  # of drafts, which the model can do without
+            log.exception("what drafts could not be loaded")
+            return f"what drafts could not be loaded: {error!r}"
+        return ""
 
     def _load(self, source: DraftSource) -> None:
         assert self.speculation is not None

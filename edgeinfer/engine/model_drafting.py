@@ -17,7 +17,7 @@ from edgeinfer.engine.draft_lengths import planned_length
 from edgeinfer.engine.draft_model import TYPICAL_BY_CONFIDENCE, DraftMode, DraftModel, Wanted
 from edgeinfer.engine.sequence import RunningRequest
 
-MOST_DRAFTED = 15
+MOST_DRAFTED = 15  # tokens of one request: with its newest one, the largest step that is measured
 TYPICAL_BY_POSITION = 0.6  # of a model of which nothing is known
 SHARE = 0.005  # of the time that answers take, for tries
 LOAN_TOKENS = 16  # whose time it may lose before anything was earned
@@ -25,6 +25,7 @@ MOST_SPARE_TOKENS = 64  # whose time is kept for tries
 USUAL_TOKENS = 128  # of an answer still to come, over which reading its prompt has to pay
 PERFECT = 0.97
 RESTS, RESTS_HOPELESS = 4, 32  # steps
+FEW_UNREAD = 16  # tokens, which are read along with the first step
 _WEIGHT, _MEMORY = 6.0, 256.0
 
 
@@ -68,6 +69,7 @@ class ModelDrafting:
         self._by_position = Acceptance(self._prior, _WEIGHT, _MEMORY)
         self._guesses: dict[int, _Guesses] = {}
         self._spare_s = self._most_spare_s = 0.0
+        self._owed_s = 0.0  # for reading prompts
         self._has_loan = False
         self._is_hopeless = False
         self._resting = 0  # steps until it is worked out again whether drafts would pay
@@ -111,9 +113,9 @@ class ModelDrafting:
         if not asked:
             self._resting = RESTS_HOPELESS if self._is_hopeless else RESTS
             return {}, 0.0
-        begin = time.perf_counter()
-        if self._threads is not None and self._threads() != self._model.runtime.facts.threads:
-            self._model.runtime.set_threads(self._threads(), self._threads())
+        begin, read = time.perf_counter(), self._model.num_read
+        if self._threads is not None:
+            self._model.set_threads(self._threads())
         step_s = self._model.step_seconds(len(asked)) / len(asked)
         wanted = []
         for index, length in asked.items():
@@ -127,12 +129,17 @@ class ModelDrafting:
             if draft:
                 found[index] = draft
         seconds = time.perf_counter() - begin
-        self._spare_s -= seconds
+        # Reading is paid back by what it makes possible, so it does not stop that at once.
+        reading = min(self._model.reading_seconds(self._model.num_read - read), seconds)
+        self._owed_s += reading
+        self._spare_s -= seconds - reading
         return found, seconds
 
     def earned(self, seconds: float) -> None:
         """What a step with its drafts saved, without what drafting took."""
-        self._spare_s = min(self._spare_s + seconds, self._most_spare_s)
+        paid = min(max(seconds, 0.0), self._owed_s)
+        self._owed_s -= paid
+        self._spare_s = min(self._spare_s + seconds - paid, self._most_spare_s)
 
     def close(self) -> None:
         self._model.close()
@@ -181,8 +188,12 @@ class ModelDrafting:
         for index, limit in most.items():
             unread = self._model.unread(running[index])
             cost = self._model.reading_seconds(unread)
-            left = min(running[index].request.max_tokens or USUAL_TOKENS, USUAL_TOKENS)
-            if cost <= max(self._spare_s, saved_by_token * left):
+            most_left = running[index].request.max_tokens
+            left = USUAL_TOKENS
+            if most_left is not None:
+                left = min(left, most_left - running[index].num_answered)
+            may_owe = self._owed_s <= self._most_spare_s and cost <= saved_by_token * left
+            if unread <= FEW_UNREAD or may_owe or cost <= self._spare_s - self._owed_s:
                 asked[index] = min(length, limit)
         return asked
 

@@ -124,10 +124,11 @@ class Timings:
 
 @dataclass
 class SpeculationStats:
-    """mode: who guessed tokens: "lookup", or "none". steps: those that checked a draft. reason: why none
-    did, or "none". speedup: how many times faster the answer was decoded than it would have been without
-    drafts, by what steps without them cost. by_position: of a draft's first token, its second and so on,
-    how many were checked after only right ones, and how many of those were accepted."""
+    """mode: who guessed tokens: "lookup", "exit", "draft", several of them ("lookup+exit"), or "none".
+    steps: those that checked a draft. reason: why none did, or "none". speedup: how many times faster
+    the answer was decoded than it would have been without drafts, by what steps without them cost.
+    by_position: of a draft's first token, its second and so on, how many were checked after only right
+    ones, and how many of those were accepted."""
 
     mode: str = "none"
     drafted: int = 0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from edgeinfer.engine.draft import NO_DRAFT, Acceptance, Draft, Drafter, Outcome
 from edgeinfer.engine.draft_lengths import LEAST_GAIN, share_out
 from edgeinfer.engine.lookup import Lookup
-from edgeinfer.engine.model_drafting import ModelDrafting, odds_needed
+from edgeinfer.engine.model_drafting import MOST_DRAFTED, ModelDrafting, odds_needed
 from edgeinfer.engine.request import SpeculationStats
 from edgeinfer.machine.step_cost import CONTEXT_BUCKET, PREFILL_TOKENS
 
@@ -32,7 +32,6 @@ SPECULATE: tuple[Speculate, ...] = ("auto", "off", "lookup", "exit", "draft")
 # Seconds of a step of so many tokens, with logits for all, at a context of so many; None: not known.
 StepSeconds = Callable[[int, int], float | None]
 
-MOST_DRAFTED = 15  # tokens of one request: with its newest one, the largest step that is measured
 LEAST_ODDS = 0.01  # of a draft so far; what comes after it is not looked at
 # How often a match's next token is right, by its length (lookup.KINDS), before a request shows.
 TYPICAL = (0.25, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -97,9 +96,8 @@ class Speculation:
     ) -> None:
         """most_step_tokens: of a step, so that its results are those of one token at a time.
         most_positions: of a sequence. drafter: made for a request, from its prompt; None: none.
-        has_passes: a step
-        whose sequences have different numbers of tokens goes through the weights several times, each
-        time with as many tokens of each that has any left."""
+        has_passes: a step whose sequences have different numbers of tokens goes through the weights
+        several times, each time with as many tokens of each that has any left."""
         self._drafter = drafter
         self._model: ModelDrafting | None = None
         self.no_model = ""  # why there is none, where one was thought of
@@ -202,7 +200,7 @@ class Speculation:
         if plain is None:
             return
         if self._model is not None and self._model_asked:
-            asked = sum(brought.get(key, 0) - 1 for key in self._model_asked)
+            asked = sum(brought.get(key, 1) - 1 for key in self._model_asked)
             self._model.earned(plain - seconds + asked * plain / len(brought))
         for key, tokens in brought.items():
             own = self._requests.get(key)
@@ -330,8 +328,9 @@ class Speculation:
         for index, each in enumerate(running):
             self._requests[each.key].mode = "lookup"
             wants = each.request.drafts.who in ("auto", model.mode)
-            if wants and not drafts[index] and (room := self._most(each)) > 0:
-                most[index] = min(room, self._most_step_tokens - len(running))
+            room = min(self._most(each), self._most_step_tokens - len(running))
+            if wants and not drafts[index] and room > 0:
+                most[index] = room
         found, seconds = model.drafts(running, most)
         self._model_asked = [running[index].key for index in found]
         for index, draft in found.items():

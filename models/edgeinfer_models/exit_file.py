@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, row_bytes
+from edgeinfer_models.ggml_types import GGML_TYPES_BY_NAME, MATRIX_TYPES, row_bytes
 from edgeinfer_models.gguf_header import GgufHeader, read_gguf_header
 
 if TYPE_CHECKING:
@@ -34,9 +34,13 @@ SUFFIX = ".exit.gguf"
 SHIPPED_EXITS = Path(__file__).parent / "exits"
 ARCHITECTURE = "edgeinfer-exit"
 VERSION = 1
+# Of models that can have exits. llama.cpp's graphs take embeddings for what token embeddings are there;
+# those of others scale those of tokens alone.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _KEY = ARCHITECTURE
 _ALIGNMENT = 32
 _MOST_LAYERS = 1024
+_MOST_TOLD = 2**20  # characters
 _SHAPE_KEYS = (
     *("block_count", "embedding_length", "feed_forward_length", "attention.head_count"),
     *("attention.head_count_kv", "rope.dimension_count"),
@@ -81,7 +85,9 @@ class ExitFile:
 def fingerprint(header: GgufHeader) -> str:
     """Of a model in GGUF, whatever types its matrices have. Raises ModelFileInvalid."""
     found = hashlib.sha256()
-    shape = {key: header.get(f"{{arch}}.{key}") for key in _SHAPE_KEYS}
+    shape = {
+        key: header.get_list(f"{{arch}}.{key}") or header.get(f"{{arch}}.{key}") for key in _SHAPE_KEYS
+    }
     vocab = header.get_length("tokenizer.ggml.tokens")
     found.update(json.dumps([header.architecture, shape, vocab], sort_keys=True).encode())
     norms = sorted(
@@ -143,8 +149,8 @@ def read_exit_file(path: Path) -> ExitFile:
             f"{path}: is an exit in form {version}, which this version does not read; train it again"
         )
     kept = header.get_list(f"{_KEY}.kept")
-    if not kept or any(type(token) is not int or token < 0 for token in kept):
-        raise _damaged(path, "its head has no tokens")
+    if not kept or any(type(token) is not int or not 0 <= token < 2**31 for token in kept):
+        raise _damaged(path, "its head has no tokens, or none that there can be")
     if any(a >= b for a, b in itertools.pairwise(kept)):  # type: ignore[operator]
         raise _damaged(path, "the tokens of its head are not in order")
     layer, new_layers = header.get_int(f"{_KEY}.layer"), header.get_int(f"{_KEY}.new_layers")
@@ -154,10 +160,16 @@ def read_exit_file(path: Path) -> ExitFile:
     numbers = {int(name.split(".")[1]) for name in names if is_of_layer(name)}
     if numbers != set(range(new_layers)) or "output_norm.weight" not in names:
         raise _damaged(path, "tensors of its layers are missing")
+    for tensor in header.tensors:
+        # llama.cpp ends the process for vectors of another type, and for matrices it cannot multiply.
+        is_vector = len(tensor.shape) == 1
+        if tensor.type_name not in (("F32",) if is_vector else MATRIX_TYPES):
+            raise _damaged(path, f"tensor '{tensor.name[:60]}' is of type {tensor.type_name}")
     told: Any = {}
     try:
-        told = json.loads(header.get_str(f"{_KEY}.told", "{}"))
-    except ValueError:
+        text = header.get_str(f"{_KEY}.told", "{}")
+        told = json.loads(text) if len(text) <= _MOST_TOLD else {}
+    except (ValueError, RecursionError):
         raise _damaged(path, "what it says of itself cannot be read") from None
     return ExitFile(
         path,
@@ -185,12 +197,15 @@ def require_exit_of(exit_file: ExitFile, model: GgufHeader) -> None:
     if exit_file.kept_tokens[-1] >= vocab:
         raise _damaged(exit_file.path, f"a token of its head is outside the vocabulary of {vocab}")
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    for tensor in exit_file.header.tensors:
-        own = tensor.name
-        if is_of_layer(own):
-            own = ".".join(["blk", "0", *own.split(".")[2:]])
-        if shapes.get(own) != tensor.shape:
-            raise _damaged(exit_file.path, f"tensor '{tensor.name[:60]}' is not of the model's shape")
+    wanted = {"output_norm.weight": shapes.get("output_norm.weight")}
+    for name, shape in shapes.items():
+        if name.startswith("blk.0."):
+            for layer in range(exit_file.new_layers):
+                wanted[f"blk.{layer}.{name.removeprefix('blk.0.')}"] = shape
+    found = {tensor.name: tensor.shape for tensor in exit_file.header.tensors}
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise _damaged(exit_file.path, f"tensor '{name[:60]}' is not of the model's shape")
 
 
 def _norm_bytes(header: GgufHeader, name: str) -> bytes:

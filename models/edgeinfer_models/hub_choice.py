@@ -128,7 +128,7 @@ def listed(models: Sequence[Candidate], limit: int = 12) -> str:
 
 def _may_be_model(path: str) -> bool:
     name = PurePosixPath(path).name.lower()
-    if not name.endswith(".gguf") or name.startswith(".") or "mmproj" in name:
+    if not name.endswith(".gguf") or name.startswith(".") or "mmproj" in name or ".exit." in name:
         return False
     return not ("imatrix" in name and not quantization(path))
 

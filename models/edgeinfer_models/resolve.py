@@ -14,6 +14,7 @@ from edgeinfer_models.architectures import MLX_MODEL_TYPES
 from edgeinfer_models.catalogue import CATALOGUE, STARTER, suggestion
 from edgeinfer_models.chat_template import TemplateSource, template_of, template_of_folder
 from edgeinfer_models.config import ModelConfig, config_from_gguf, config_from_hf
+from edgeinfer_models.exit_file import SUFFIX as EXIT_SUFFIX
 from edgeinfer_models.file_kind import only_pickles, shown
 from edgeinfer_models.gguf_header import GgufHeader
 from edgeinfer_models.gguf_model import is_later_shard, read_gguf_model
@@ -121,7 +122,11 @@ def _from_folder(folder: Path) -> ResolvedModel:
             f"{shown(folder)}: cannot be listed ({error.strerror}); check its permissions"
         ) from None
     found = [folder / name for name in names if name.endswith(".gguf") and not name.startswith(".")]
-    candidates = [p for p in found if not is_later_shard(p) and not p.name.startswith("mmproj")]
+    candidates = [
+        path
+        for path in found
+        if not is_later_shard(path) and not path.name.startswith("mmproj") and not _is_exit(path)
+    ]
     if len(candidates) == 1:
         return _from_gguf(candidates[0], folder.resolve().name, "folder")
     if candidates:
@@ -136,6 +141,10 @@ def _from_folder(folder: Path) -> ResolvedModel:
 
 
 def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
+    if _is_exit(path):
+        raise UnsupportedModel(
+            f"{shown(path)}: is the exit of a model, not a model; give the model, and this to --draft"
+        )
     header = read_gguf_model(path)
     config = config_from_gguf(header)
     sizes: dict[str, int] = {}
@@ -150,6 +159,10 @@ def _from_gguf(path: Path, name: str, origin: Origin) -> ResolvedModel:
         template=template_of(header),
         origin=origin,
     )
+
+
+def _is_exit(path: Path) -> bool:
+    return path.name.endswith(EXIT_SUFFIX)
 
 
 def _from_safetensors(path: Path) -> ResolvedModel:

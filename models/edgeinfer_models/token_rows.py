@@ -67,6 +67,9 @@ class TokenRows:
             raise UnsupportedModel(
                 f"{place.path}: its token embeddings ({self._type}) cannot be read back"
             ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, tokens: Sequence[int]) -> Floats:
         """(n, width). The tokens must be the model's. Raises ModelFileInvalid where the file is no

@@ -10,7 +10,7 @@ import pytest
 from edgeinfer.backend import KvLayout, Runtime, RuntimeSettings, SequenceStep, Step
 from edgeinfer.client import LocalClient, Message, OpenOptions, Request
 from edgeinfer.engine.request import RunStats
-from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
+from edgeinfer.errors import LoadFailed, ModelFileInvalid, UnsupportedModel
 from edgeinfer.measure.streams import GREEDY
 from edgeinfer_backends.llamacpp import LlamaCppBackend
 from edgeinfer_models.gguf_header import read_gguf_header
@@ -165,3 +165,34 @@ def test_what_is_wrong_with_a_draft_is_said_and_answers_come(
             import re
 
             assert re.search(said, warnings[0]), warnings
+
+
+def test_what_was_put_together_is_checked_when_it_is_used_again(
+    model: Path, own_exit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged, or told wrongly of: it is made anew. And a model may be named from another folder."""
+    folder = tmp_path / "drafts"
+    loaded(model, own_exit, folder, "private").close()
+    (path,), (about,) = folder.glob("*.gguf"), folder.glob("*.json")
+    whole, told = path.read_bytes(), about.read_text()
+    for damaged, wrong in (
+        (whole[:4096], told),
+        (b"\0" * 64 + whole[64:], told),
+        (whole, "[" * 5000),
+        (whole, told.replace('"width": 64', '"width": 32')),
+        (whole, told[:-20]),
+    ):
+        path.write_bytes(damaged)
+        about.write_text(wrong)
+        try:
+            loaded(model, own_exit, folder, "private").close()
+        except LoadFailed as error:  # once: then it is made anew
+            assert "not of its width" in str(error) or "cannot be read" in str(error)
+            loaded(model, own_exit, folder, "private").close()
+        assert path.read_bytes() == whole and about.read_text() == told
+    monkeypatch.chdir(tmp_path)
+    loaded(Path(model.name), own_exit, folder, "private").close()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded(Path("..") / model.name, own_exit, folder, "private").close()
+    assert len(list(folder.glob("*.gguf"))) == 1

@@ -60,7 +60,7 @@ def test_an_exit_and_a_draft_model_come_of_it(model: Path, tmp_path: Path) -> No
     found = read_exit_file(path)
     require_exit_of(found, read_gguf_header(model))
     assert found.layer == 1 and found.told["agreement"] and found.told["learnt_tokens"] > 0
-    assert "mine.txt" in err and "texts to learn from" in err
+    assert "texts of yours" in err and "texts to learn from" in err
     assert llama_cpp_logits(draft, [5, 9, 40]).shape == llama_cpp_logits(model, [5, 9, 40]).shape
     assert not list((tmp_path / "cache" / "train-exit").glob("*"))
     code, _, err = trained(tmp_path, *arguments)
@@ -107,6 +107,9 @@ def test_a_damaged_beginning_is_said_and_left(model: Path, tmp_path: Path) -> No
         (("-o", "here.gguf"), "the name of an exit ends in .exit.gguf"),
         (("--device", "cuda"), "no NVIDIA GPU"),
         (("--export-draft", "{model}"), "is of the model that is read"),
+        (("--export-draft", "nosuch/draft.gguf"), "there is no such folder"),
+        (("-o", "a.exit.gguf", "--export-draft", "a.exit.gguf"), "name one file"),
+        (("--layer", "2x9"), "an exit has at most the model's 4 layers"),
     ],
 )
 def test_what_cannot_be_is_one_line(

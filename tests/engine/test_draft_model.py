@@ -12,7 +12,7 @@ from edgeinfer.backend import RuntimeSettings, SequenceStep, Step
 from edgeinfer.constraint import Constraint
 from edgeinfer.engine.draft import Draft
 from edgeinfer.engine.draft_lengths import planned_length
-from edgeinfer.engine.draft_model import DraftModel
+from edgeinfer.engine.draft_model import DraftModel, Wanted
 from edgeinfer.engine.engine import Engine
 from edgeinfer.engine.model_drafting import ModelDrafting, odds_needed
 from edgeinfer.engine.request import Request
@@ -182,7 +182,6 @@ def test_kept_tokens_are_named_as_the_target_names_them() -> None:
     asked_of = [(running, 4)]
 
     def draft(model: DraftModel) -> Draft:
-        from edgeinfer.engine.draft_model import Wanted
 
         return model.propose([Wanted(each, most, lambda _: True) for each, most in asked_of])[0]
 
@@ -191,7 +190,6 @@ def test_kept_tokens_are_named_as_the_target_names_them() -> None:
 
 
 def test_a_draft_stops_where_another_token_is_not_worth_its_step() -> None:
-    from edgeinfer.engine.draft_model import Wanted
 
     running = running_with(tokens_of(3, 20))
     model = DraftModel(runtime_of(Script()), "draft")
@@ -291,3 +289,21 @@ def test_a_step_of_it_is_what_is_measured() -> None:
     assert model.runtime.free_cells() == model.runtime.facts.cells
     handle = model.runtime.open()
     model.runtime.forward(Step([SequenceStep(handle, [1])]))
+
+
+def test_where_cells_run_out_what_rests_gives_way() -> None:
+    """Over a cache that all sequences share, and that those of ended requests still fill."""
+    model = DraftModel(runtime_of(Script(), sequences=2, context=64), "draft")
+    cells = model.runtime.facts.cells
+    first, second = running_with(tokens_of(3, 60)), running_with(tokens_of(4, 60))
+    third = running_with(tokens_of(5, 60))
+    for key, running in enumerate((first, second, third)):
+        running.key = key
+    drafts = []
+    for running in (first, second, third, third):
+        drafts.append(model.propose([Wanted(running, 2, lambda _: True)])[0])
+        if running is not third:
+            model.end(running.key)
+    assert model.runtime.free_cells() < cells
+    assert len(drafts[0]) == len(drafts[1]) == 2 and model.failure == ""
+    assert len(drafts[-1]) == 2  # at the latest when it is asked again

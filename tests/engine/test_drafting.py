@@ -107,8 +107,9 @@ def test_what_is_missing_or_wrong_is_said_and_lookups_go_on(
     loaded: Loaded, own_exit: Path, tmp_path: Path
 ) -> None:
     drafting = loaded.drafting("exit", None)
-    assert drafting.speculation is None and drafting.reason == "no exit of tiny is here"
-    assert drafting.warnings == ["nothing is drafted: no exit of tiny is here"]
+    why = "no exit of tiny is here; `edgeinfer train-exit` makes one"
+    assert drafting.speculation is None and drafting.reason == why
+    assert drafting.warnings == [f"nothing is drafted: {why}"]
     other = write_tiny_gguf(tmp_path / "other.gguf", layers=3, seed=5)
     every = np.arange(RowsPlace.of(read_gguf_header(other)).num_tokens, dtype=np.int32)
     foreign = write_own_exit(other, tmp_path / "foreign.exit.gguf", every)

@@ -11,6 +11,7 @@ import pytest
 from edgeinfer.errors import EdgeInferError, ModelFileInvalid, UnsupportedModel
 from edgeinfer.quantize.quantization import opened, plan_quantization, quantize
 from edgeinfer_models.exit_file import (
+    ARCHITECTURE,
     ExitTensor,
     fingerprint,
     read_exit_file,
@@ -107,3 +108,30 @@ def test_a_model_is_no_exit_and_a_torn_file_neither(model: GgufHeader, tmp_path:
         torn.write_bytes(whole[:length])
         with pytest.raises(EdgeInferError):
             read_exit_file(torn)
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [("[" * 100_000, [1, 2]), ("{}", [1, 2**31]), ("{}", [1, 2**63]), ("{}", [-1, 2])],
+)
+def test_numbers_and_texts_that_there_cannot_be_are_refused_or_left(
+    tmp_path: Path, told: str, kept: list[int]
+) -> None:
+    """As a hostile file has them, written by another library."""
+    import gguf
+
+    path = tmp_path / "hostile.exit.gguf"
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    for key, value in (("version", 1), ("layer", 1), ("new_layers", 1)):
+        writer.add_uint32(f"{ARCHITECTURE}.{key}", value)
+    writer.add_string(f"{ARCHITECTURE}.told", told)
+    kind = gguf.GGUFValueType.UINT64 if max(kept) >= 2**31 else gguf.GGUFValueType.INT32
+    writer.add_key_value(f"{ARCHITECTURE}.kept", kept, gguf.GGUFValueType.ARRAY, sub_type=kind)
+    for name in ("blk.0.attn_norm.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileInvalid):
+        read_exit_file(path)

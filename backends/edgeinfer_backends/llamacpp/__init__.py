@@ -83,13 +83,14 @@ class LlamaCppBackend(Backend):
     def load_exit(
         self, files: ModelFiles, exit_path: Path, settings: RuntimeSettings, folder: Path
     ) -> Runtime:
-        from edgeinfer_backends.llamacpp.exit_draft import assembled
+        from edgeinfer_backends.llamacpp.exit_draft import assembled, forget_assembled
 
         draft, embeddings = assembled(files, exit_path, folder)
         try:
             return self._load(draft, settings, lambda _: True, embeddings)
         except BaseException:
             embeddings.close()
+            forget_assembled(draft)
             raise
 
     def load(self, files: ModelFiles, settings: RuntimeSettings, progress: Progress) -> Runtime:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-# Whose graphs take embeddings for what token embeddings are (others scale those of tokens alone).
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _KEPT_FILES = 4
+_HEAD_BYTES = 2**20
 
 
 class EmbeddedTokens:
@@ -51,27 +51,61 @@ class EmbeddedTokens:
 def assembled(files: ModelFiles, exit_path: Path, folder: Path) -> tuple[ModelFiles, TokenRows]:
     """The draft model's file, made if it is not there, and what it is fed with. Raises ModelFileInvalid,
     UnsupportedModel, LoadFailed."""
-    try:
-        path = folder / f"{_key(files.paths, exit_path)}.gguf"
-        about = path.with_suffix(".json")
-        if not (path.exists() and about.exists()):
+    path = folder / f"{_key(files.paths, exit_path)}.gguf"
+    about = path.with_suffix(".json")
+    found = _told(path, about)
+    if found is None:
+        try:
             _assemble(files, exit_path, path, about)
-        path.touch()
-        # All that is needed of the model is written there: its header, read, leaves megabytes behind.
-        told = json.loads(about.read_text("utf-8"))
-        place = RowsPlace(**{**told["embeddings"], "path": Path(told["embeddings"]["path"])})
-        weight_types = tuple((str(name), int(size)) for name, size in told["weight_types"])
-        rows = TokenRows(place)
-    except OSError as error:
-        raise LoadFailed(f"{folder}: the exit's first layers cannot be kept there ({error})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        about.unlink(missing_ok=True)
-        raise LoadFailed(f"{about}: was damaged ({error!r}), and is made anew the next time") from None
+        except OSError as error:
+            raise LoadFailed(
+                f"{folder}: the exit's first layers could not be put together there ({error})"
+            ) from None
+        found = _told(path, about)
+    if found is None:
+        raise LoadFailed(f"{about}: was changed while it was read; load the model again")
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    # All that is needed of the model is told there: its header, read, leaves megabytes behind.
+    shard, place, weight_types = found
+    try:
+        rows = TokenRows(replace(place, path=files.paths[shard]))
+    except (OSError, IndexError) as error:
+        raise LoadFailed(f"{files.name}: its embeddings cannot be read ({error})") from None
     return ModelFiles(f"{files.name}'s exit", (path,), "gguf", weight_types=weight_types), rows
 
 
+def forget_assembled(files: ModelFiles) -> None:
+    """Where it could not be loaded: it is made anew the next time."""
+    for path in files.paths:
+        for each in (path, path.with_suffix(".json")):
+            with contextlib.suppress(OSError):
+                each.unlink()
+
+
+def _told(path: Path, about: Path) -> tuple[int, RowsPlace, tuple[tuple[str, int], ...]] | None:
+    """Which of the model's files has its embeddings, where, and the draft's types; None where either
+    file is not there or not what it was."""
+    try:
+        told = json.loads(about.read_text("utf-8"))
+        if told["head"] != _head(path):
+            return None
+        place = RowsPlace(Path(), **told["embeddings"])
+        types = tuple((str(name), int(size)) for name, size in told["weight_types"])
+        return int(told["shard"]), place, types
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _head(path: Path) -> str:
+    """Of a file's size and its beginning, where all is that native code takes at its word. Raises
+    OSError."""
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} {hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()}"
+
+
 def _assemble(files: ModelFiles, exit_path: Path, path: Path, about: Path) -> None:
-    from edgeinfer_models.exit_file import read_exit_file, require_exit_of
+    from edgeinfer_models.exit_file import ARCHITECTURES, read_exit_file, require_exit_of
     from edgeinfer_models.gguf_model import read_gguf_model
 
     model, exit_file = read_gguf_model(files.paths[0]), read_exit_file(exit_path)
@@ -84,13 +118,18 @@ def _assemble(files: ModelFiles, exit_path: Path, path: Path, about: Path) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
         _make_room(path.parent)
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # (one without what is told of it)
     _write(path, model, exit_file)
     sizes: dict[str, int] = {}
     for tensor in (*model.tensors, *exit_file.header.tensors):
         sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.num_bytes
     place = asdict(RowsPlace.of(model))
-    told = {"embeddings": {**place, "path": str(place["path"])}, "weight_types": sorted(sizes.items())}
+    told = {
+        "shard": model.shards.index(place.pop("path")),
+        "embeddings": place,
+        "weight_types": sorted(sizes.items()),
+        "head": _head(path),
+    }
     with NewFile(about, force=True) as new:
         new.file.write(json.dumps(told).encode())
 

@@ -123,6 +123,9 @@ class LlamaCppRuntime(Runtime):
         # LLAMA_API struct llama_batch llama_batch_init(int32_t n_tokens, int32_t embd,
         #     int32_t n_seq_max): with embd, room for so many numbers a token and none for ids
         width = 0 if embeddings is None else embeddings.width
+        if embeddings is not None and width != lib.llama_model_n_embd(native.model):
+            native.close()
+            raise LoadFailed(f"{files.name}: embeddings of {width} numbers are not of its width")
         self._batch = lib.llama_batch_init(self._step_tokens, width, 1)
         as_array = np.ctypeslib.as_array
         shape = (self._step_tokens,)
