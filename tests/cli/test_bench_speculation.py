@@ -43,7 +43,7 @@ def test_every_way_to_draft_is_measured_beside_none(
             assert figure["of_plain"] == 1.0 and figure["drafted"] == 0
         if mode == "exit":
             # It is the model itself, and all of its drafts are checked. (It reads prompts in smaller
-            # steps, which differ in the last bits, and of made-up weights many tokens are as good as tied.)
+            # steps, which differ in the last bits, and made-up weights leave many tokens nearly tied.)
             assert figure["accepted"] >= 0.8 * figure["drafted"] > 0, kind
             assert len(figure["by_position"]) == 3
     assert told["costs"]["draft"] == "exit" and told["costs"]["draft_step_s"] > 0
