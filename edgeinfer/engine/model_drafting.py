@@ -20,7 +20,7 @@ from edgeinfer.engine.sequence import RunningRequest
 MOST_DRAFTED = 15  # tokens of one request: with its newest one, the largest step that is measured
 TYPICAL_BY_POSITION = 0.6  # of a model of which nothing is known
 SHARE = 0.005  # of the time that answers take, for tries
-LOAN_TOKENS = 16  # whose time it may lose before anything was earned
+LOAN_TOKENS = 16  # whose time drafts that are expected to pay may lose in a row; tries get no loan
 MOST_SPARE_TOKENS = 64  # whose time is kept for tries
 USUAL_TOKENS = 128  # of an answer still to come, over which reading its prompt has to pay
 PERFECT = 0.97
@@ -70,7 +70,6 @@ class ModelDrafting:
         self._guesses: dict[int, _Guesses] = {}
         self._spare_s = self._most_spare_s = 0.0
         self._owed_s = 0.0  # for reading prompts
-        self._has_loan = False
         self._is_hopeless = False
         self._resting = 0  # steps until it is worked out again whether drafts would pay
         self.num_tries = 0
@@ -99,8 +98,6 @@ class ModelDrafting:
         if plain is None or not most or self._model.failure:
             return {}, 0.0
         per_token = plain / len(running)
-        if not self._has_loan:
-            self._has_loan, self._spare_s = True, LOAN_TOKENS * per_token
         self._most_spare_s = MOST_SPARE_TOKENS * per_token
         self.earned(SHARE * plain)
         lengths = {index: running[index].request.drafts.length for index in most}
@@ -181,7 +178,7 @@ class ModelDrafting:
         length, saved = planned(odds)
         if length == 0:
             return self._tried(running, most, draft_s, planned)
-        if self._spare_s < 0.0:
+        if self._spare_s < -LOAN_TOKENS * per_token:
             return {}
         asked = {}
         saved_by_token = saved / (len(most) * (1.0 + length))
