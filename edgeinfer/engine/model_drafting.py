@@ -203,13 +203,14 @@ class ModelDrafting:
     ) -> dict[int, int]:
         """One short draft, for the request whose prompt is read soonest, if there is time to spare."""
         length = min(planned((PERFECT,) * MOST_DRAFTED)[0], 3)
-        if length == 0 or self._spare_s <= length * draft_s:
+        spare = self._spare_s - self._owed_s
+        if length == 0 or spare <= length * draft_s:
             return {}
         unread, index = min((self._model.unread(running[index]), index) for index in most)
         plain = self._seconds([1] * len(running)) or 0.0
         checking = self._seconds([1 + length] + [1] * (len(running) - 1)) or plain
         cost = self._model.reading_seconds(unread) + length * draft_s + checking - plain
-        if self._spare_s <= cost:
+        if spare <= cost:
             return {}
         self.num_tries += 1
         return {index: min(length, most[index])}
