@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeinfer.errors import ModelFileInvalid, UnsupportedModel
-from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 from edgeinfer_models.ggml_types import row_bytes
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ class TokenRows:
         """(n, width). The tokens must be the model's. Raises ModelFileInvalid where the file is no
         longer whole."""
         import numpy as np
+
+        from edgeinfer_models.conversion.ggml_grids import GRIDS, unpack
 
         raw = b"".join(self._raw(token) for token in tokens)
         if self._type in _PLAIN:
