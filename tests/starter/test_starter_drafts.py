@@ -20,9 +20,12 @@ from edgeinfer.engine.window import Window
 from edgeinfer.machine.cost_store import costs_folder
 from edgeinfer.measure.kinds_of_work import KINDS, question
 from edgeinfer.measure.streams import GREEDY
+from edgeinfer.open import find_exit
 from edgeinfer.registry import get_backend
-from edgeinfer_models.exit_file import SHIPPED_EXITS
+from edgeinfer_models.exit_file import SHIPPED_EXITS, read_exit_file, require_exit_of
+from edgeinfer_models.gguf_model import read_gguf_model
 from edgeinfer_models.model_files import ModelFiles
+from edgeinfer_models.resolve import resolve_model
 
 pytestmark = pytest.mark.model
 
@@ -108,3 +111,11 @@ def test_the_worker_says_who_drafted_or_why_nobody_did(starter: Path) -> None:
             told = client.start(ask).result().stats.speculation
         assert told.mode in ("none", "lookup")
         assert told.reason == why if why else (told.steps > 0) == (told.reason == "none")
+
+
+def test_the_exit_that_comes_with_edgeinfer_is_found(starter: Path) -> None:
+    found = find_exit(resolve_model(str(starter)))
+    assert found == SHIPPED_EXITS / "smollm2.exit.gguf"
+    exit_file = read_exit_file(found)
+    require_exit_of(exit_file, read_gguf_model(starter))
+    assert exit_file.layer == 4 and exit_file.told["agreement"][0] > 0.5
